@@ -1,0 +1,104 @@
+// The whole C++ API of reformer-kernels: parameter structs and functions over raw pointers.
+//
+// No torch header, no Python, no tensor is allocated here: the caller passes pointers, sizes, strides
+// (in elements) and a workspace. Shapes use B batch, H heads, L length, D head dimension, Dv value
+// dimension, R hash rounds. Arrays whose strides are not listed are contiguous.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace reformer {
+
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Results of a call that checks its input as it runs; bindings.cpp turns them into exceptions.
+enum class Status : int32_t {
+  kOk = 0,
+  kBadOrder = 1,   // an order is not a permutation of 0..L-1
+  kBadStarts = 2,  // bucket starts do not rise from 0 to L
+};
+
+// A (B, H, L, D) array with a contiguous last dimension.
+struct Rows {
+  void* data = nullptr;
+  int64_t batch_stride = 0, head_stride = 0, row_stride = 0;
+};
+
+// x (B, H, L, D) and rotations (rotation_heads, D, R, rotation_width), rotation_heads 1 or H, to bucket ids
+// (B, H, R, L). `factors` has one even number a factor; their halves are consecutive columns of a round's
+// rotation_width columns, of which the rest are not read.
+struct HashParams {
+  int64_t B = 0, H = 0, L = 0, D = 0, R = 0;
+  DType dtype = DType::kFloat32;
+  Rows x;
+  const float* rotations = nullptr;
+  int64_t rotation_heads = 0, rotation_width = 0;
+  const int32_t* factors = nullptr;
+  int32_t n_factors = 0;
+  const uint8_t* padding = nullptr;  // (B, L), non-zero: the extra last bucket; may be null
+  int32_t* buckets = nullptr;
+  int32_t threads = 1;
+};
+void lsh_hash(const HashParams& params);
+
+// buckets (segments, L) to order (segments, L), stable by (bucket, position), and starts
+// (segments, starts_size), starts_size >= n_buckets + 1; entries after n_buckets hold L.
+// Ids below 0 or above n_buckets - 1 count as the nearest bucket.
+struct SortParams {
+  int64_t segments = 0, L = 0, n_buckets = 0, starts_size = 0;
+  const int32_t* buckets = nullptr;
+  int32_t* order = nullptr;
+  int32_t* starts = nullptr;
+  int32_t threads = 1;
+};
+void bucket_sort(const SortParams& params);
+
+enum class KeyNorm : int32_t { kNone = 0, kRms = 1, kL2 = 2 };
+
+// Which keys a query sees: see reformer_kernels.config.AttentionRule, whose fields these are.
+struct AttentionRule {
+  bool bucket_window = false;
+  int64_t chunk_length = 0, chunks_before = 0, chunks_after = 0;
+  int64_t window_before = 0, window_after = 0;
+  bool bucket_mask = false, causal = false, exclude_self = false, correct_duplicates = false, ring = false;
+  KeyNorm key_norm = KeyNorm::kNone;
+};
+
+// out_i = sum_j p_ij v_j, p = softmax over all rounds' visible keys of scale * q_i . k_j, with k the keys as
+// given or, where k.data is null, q normalised by rule.key_norm.
+struct AttentionParams {
+  int64_t B = 0, H = 0, L = 0, D = 0, Dv = 0, R = 0;
+  DType dtype = DType::kFloat32;
+  Rows q, k, v;
+  const int32_t* order = nullptr;   // (B, H, R, L)
+  const int32_t* starts = nullptr;  // (B, H, R, starts_size)
+  int64_t starts_size = 0;
+  const float* key_bias = nullptr;  // (B, L), -inf: padding; may be null
+  AttentionRule rule;
+  float scale = 1.0f;
+  // Keep a probability where its Philox word >= dropout_threshold (0: keep all), then multiply by keep_scale.
+  uint32_t dropout_threshold = 0;
+  float keep_scale = 1.0f;
+  uint64_t seed = 0;
+  Rows out;              // written by forward, read by backward
+  float* lse = nullptr;  // (B, H, L), likewise
+  void* workspace = nullptr;  // attention_workspace_bytes() long, 64-byte aligned
+  int32_t threads = 1;
+};
+struct AttentionGradients {
+  Rows grad_out;
+  const float* grad_lse = nullptr;  // (B, H, L); may be null
+  Rows grad_q, grad_k, grad_v;      // grad_k.data is null where k.data is
+};
+size_t attention_forward_workspace_bytes(const AttentionParams& params);
+Status attention_forward(const AttentionParams& params);
+size_t attention_backward_workspace_bytes(const AttentionParams& params);
+Status attention_backward(const AttentionParams& params, const AttentionGradients& gradients);
+
+// The instruction set in use: "avx512", "avx2" or "portable"; select_isa("") goes back to the best.
+// Returns false where the machine lacks it.
+const char* active_isa();
+bool select_isa(const char* name);
+
+}  // namespace reformer
