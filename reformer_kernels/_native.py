@@ -98,6 +98,8 @@ def pointer(
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
     if tensor.device.type != "cpu":
         raise ValueError(f"{name} must be on the CPU for the native kernels, got device {tensor.device}")
+    if tensor.is_neg():
+        raise ValueError(f"{name} is a view that torch negates when it is read; pass {name}.resolve_neg()")
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if rows:
