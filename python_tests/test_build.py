@@ -111,6 +111,21 @@ def test_cuda_auto_without_nvcc_is_skipped_and_other_values_fail(tmp_path: Path)
     assert "must be AUTO, ON or OFF, got 'MAYBE'" in result.stderr
 
 
+def test_cuda_auto_passes_over_an_nvcc_that_cannot_compile(tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho unsupported host compiler >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    path = os.pathsep.join([str(nvcc.parent), _path_without_nvcc()])
+    result = _configure(tmp_path / "auto", path=path)
+    assert result.returncode == 0, result.stderr
+    assert f"No CUDA kernels: {nvcc} could not compile" in result.stdout
+    result = _configure(tmp_path / "on", "-DREFORMER_CUDA=ON", path=path)
+    assert result.returncode != 0
+    assert str(nvcc) in result.stderr
+
+
 @needs_build_tree
 def test_a_changed_source_rebuilds_only_what_depends_on_it() -> None:
     source = ROOT / "csrc" / "cpu" / "hash.cpp"
