@@ -123,7 +123,7 @@ def test_cuda_auto_passes_over_an_nvcc_that_cannot_compile(tmp_path: Path) -> No
     assert f"No CUDA kernels: {nvcc} could not compile" in result.stdout
     result = _configure(tmp_path / "on", "-DREFORMER_CUDA=ON", path=path)
     assert result.returncode != 0
-    assert str(nvcc) in result.stderr
+    assert "CUDA" in result.stderr
 
 
 @needs_build_tree
