@@ -43,8 +43,11 @@ def output_of(*command: str) -> str:
 @needs_build_tree
 @pytest.mark.parametrize("isa", _native.info()["compiled_isas"])
 def test_objects_of_an_instruction_set_share_nothing(isa: str) -> None:
-    """All that the linker sees is named after the instruction set. A weak symbol that is not, a template of the
-    standard library say, could replace its twin in the others: AVX-512 code on a machine without it."""
+    """All that the linker sees is named after the instruction set.
+
+    A weak symbol that is not, such as a template of the standard library, could replace its twin in the other
+    variants: AVX-512 code on a machine without it.
+    """
     objects = sorted((BUILD / "CMakeFiles" / f"kernels_{isa}.dir").rglob("*.o"))
     assert objects
     # A mangled name inside reformer::<isa>, or its guard variable, vtable or type information.
