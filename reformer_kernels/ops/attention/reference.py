@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from reformer_kernels import _autocast
 from reformer_kernels.config import KEY_NORMS, AttentionRule
 
 from . import philox
@@ -55,7 +56,7 @@ def attention(
     B, H, L, D = q.shape
     R, dtype = order.shape[2], q.dtype
     precision = torch.float64 if dtype == torch.float64 else torch.float32
-    with torch.autocast(q.device.type, enabled=False):
+    with _autocast.suspended(q.device.type):
         padding = None if key_bias is None else key_bias == float("-inf")
         q, v = _load(q, padding, precision), _load(v, padding, precision)
         k = _load(k, padding, precision) if k is not None else normalise_keys(q, rule.key_norm)
