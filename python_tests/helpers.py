@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
-from reformer_kernels import Layout, LSHConfig
+from reformer_kernels import Layout, LSHConfig, _backend
 from reformer_kernels import functional as F
 
 TOLERANCE: dict[torch.dtype, float] = {
@@ -17,6 +18,15 @@ TOLERANCE: dict[torch.dtype, float] = {
     torch.float16: 4e-3,
     torch.bfloat16: 3e-2,
 }
+
+
+NATIVE = pytest.param(
+    "native",
+    marks=pytest.mark.skipif(
+        _backend.NATIVE_ERROR is not None, reason=f"native extension: {_backend.NATIVE_ERROR}"
+    ),
+)
+"""Parameter of tests that run the native back end too; skipped, saying why, where it is not built."""
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:

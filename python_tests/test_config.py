@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from reformer_kernels import LSHConfig
-from reformer_kernels.config import AttentionRule, automatic_factors, resolve_rule, resolve_scale
+from reformer_kernels.config import (
+    AUTOMATIC_ROTATION_WIDTH,
+    AttentionRule,
+    automatic_factors,
+    resolve_rule,
+    resolve_scale,
+)
 
 
 @pytest.mark.parametrize(
@@ -131,10 +137,12 @@ def test_config_is_frozen() -> None:
         (2**20, 64, (32, 32, 32)),
         (2**23, 64, (64, 64, 64)),
         (2**24, 64, (32, 32, 32, 16)),
+        (2**31 - 1, 1, (64, 64, 64, 64)),
     ],
 )
 def test_automatic_factors(length: int, span: int, factors: tuple[int, ...]) -> None:
     assert automatic_factors(length, span) == factors
+    assert sum(factors) // 2 <= AUTOMATIC_ROTATION_WIDTH
 
 
 def test_span_and_window() -> None:

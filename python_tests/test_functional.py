@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from reformer_kernels import Layout, LSHConfig, _backend
 from reformer_kernels import functional as F
 
-from .helpers import assert_close, normal, padding_mask, qkv
+from .helpers import NATIVE, assert_close, gradients, normal, padding_mask, qkv
 
 CONFIG = LSHConfig.paper(chunk_length=4, n_hashes=2, bucket_factors=(4, 2))
 B, H, L, D = 2, 3, 20, 6
@@ -443,6 +444,37 @@ def test_autocast_casts_as_sdpa_does(cast: torch.dtype) -> None:
     assert torch.equal(local, F.local_attention(q.to(cast), k.to(cast), v.to(cast), backend="reference"))
     actual[0].sum().backward()
     assert q.grad is not None and q.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "backend, config",
+    [
+        ("reference", CONFIG),
+        pytest.param("native", CONFIG, marks=NATIVE.marks),
+        pytest.param("native", LSHConfig.trax(chunk_length=4), marks=NATIVE.marks),
+        pytest.param("native", LSHConfig(window="bucket", chunk_length=4), marks=NATIVE.marks),
+    ],
+)
+def test_compiles_to_one_graph(backend: str, config: LSHConfig) -> None:
+    """Natively with L symbolic, so two compilations at most; the reference once for each L."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def call(qk: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        options: dict[str, Any] = {"key_padding_mask": mask, "dropout_p": 0.2, "backend": backend}
+        return F.lsh_attention(qk, v, config, seed=3, return_lse=True, **options)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend=counter, fullgraph=True)
+    lengths = (20, 27, 33, 18) if backend == "native" else (20, 27)
+    for length in lengths:
+        qk, v = (normal(1, 2, length, 4, dtype=torch.float32, seed=s).requires_grad_() for s in range(2))
+        mask = padding_mask([length - 3], length)
+        eager, graph = call(qk, v, mask), compiled(qk, v, mask)
+        for a, e in zip(graph, eager, strict=True):
+            assert_close(a, e, 1e-6)
+        for a, e in zip(gradients(graph, (qk, v)), gradients(eager, (qk, v)), strict=True):
+            assert_close(a, e, 1e-5)
+    assert counter.frame_count <= 2
 
 
 def test_memory_is_poisoned() -> None:

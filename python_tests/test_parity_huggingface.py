@@ -1,5 +1,7 @@
 """`LSHConfig.trax()` and `local_attention` against transformers' Reformer layers, run live in float64.
 
+Ours run in float64 through the reference, and in float32 through the native kernels on the same layout.
+
 The layers project hidden states; here the projections are the hidden states' own columns, so that both sides
 take the same qk and v. In float32 the peer's -1e5 self mask rounds its logits, so float64 it is.
 """
@@ -17,7 +19,7 @@ from transformers.models.reformer.modeling_reformer import LocalSelfAttention, L
 from reformer_kernels import LSHConfig
 from reformer_kernels import functional as F
 
-from .helpers import assert_close, gradients, normal, padding_mask
+from .helpers import NATIVE, TOLERANCE, assert_close, gradients, normal, padding_mask
 
 B, H, D = 2, 3, 4
 
@@ -54,17 +56,22 @@ class Constant(torch.nn.Module):
         return self.value
 
 
+DTYPE = {"reference": torch.float64, "native": torch.float32}
+
+
 def compare(ours: Tensor, theirs: Tensor, inputs: list[Tensor], mask: Tensor | None) -> None:
-    """Outputs and gradients to 1e-10 at tokens; at padding both sides differ by choice."""
+    """Outputs and gradients at tokens; at padding both sides differ by choice."""
+    tolerance = TOLERANCE[ours.dtype]
     if mask is not None:
         ours, theirs = (out.masked_fill(mask[:, None, :, None], 0) for out in (ours, theirs))
     assert theirs.abs().max() > 0.1
-    assert_close(ours, theirs, 1e-10)
+    assert_close(ours, theirs, tolerance)
     for a, e in zip(gradients([ours], inputs), gradients([theirs], inputs), strict=True):
         assert e.abs().max() > 0.1
-        assert_close(a, e, 1e-10)
+        assert_close(a, e, tolerance)
 
 
+@pytest.mark.parametrize("backend", ["reference", NATIVE])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("n_hashes", [1, 2, 4])
@@ -84,6 +91,7 @@ def compare(ours: Tensor, theirs: Tensor, inputs: list[Tensor], mask: Tensor | N
     ],
 )
 def test_trax_equals_lsh_self_attention(
+    backend: str,
     causal: bool,
     padded: bool,
     n_hashes: int,
@@ -104,7 +112,11 @@ def test_trax_equals_lsh_self_attention(
     rotations = F.sample_rotations(config, H, D, seed=5)
     qk, v = normal(B, H, L, D).requires_grad_(), normal(B, H, L, D, seed=1).requires_grad_()
     mask = padding_mask([L, (2 * L) // 3], L) if padded else None
-    ours = F.lsh_attention(qk, v, config, rotations=rotations, key_padding_mask=mask)
+    layout = F.lsh_layout(qk, config, rotations=rotations, key_padding_mask=mask)
+    dtype = DTYPE[backend]
+    ours = F.lsh_attention(
+        qk.to(dtype), v.to(dtype), config, layout=layout, key_padding_mask=mask, backend=backend
+    )
 
     layer = LSHSelfAttention(
         peer_config(
@@ -130,20 +142,20 @@ def test_trax_equals_lsh_self_attention(
     compare(ours, theirs, [qk, v], mask)
 
 
+@pytest.mark.parametrize("backend", ["reference", NATIVE])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
     "before, after, L", [(1, 0, 32), (1, 1, 40), (2, 1, 24), (0, 0, 16), (1, 1, 16), (1, 1, 7)]
 )
 def test_local_attention_equals_local_self_attention(
-    causal: bool, padded: bool, before: int, after: int, L: int
+    backend: str, causal: bool, padded: bool, before: int, after: int, L: int
 ) -> None:
     q, k, v = (normal(B, H, L, D, seed=s).requires_grad_() for s in range(3))
     mask = padding_mask([L, (2 * L) // 3], L) if padded else None
     ours = F.local_attention(
-        q,
-        k,
-        v,
+        *(x.to(DTYPE[backend]) for x in (q, k, v)),
+        backend=backend,
         chunk_length=8,
         chunks_before=before,
         chunks_after=after,

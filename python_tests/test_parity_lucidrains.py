@@ -1,4 +1,7 @@
-"""`LSHConfig.lucidrains()` against reformer_pytorch's `LSHAttention`, run live in float64."""
+"""`LSHConfig.lucidrains()` against reformer_pytorch's `LSHAttention`, run live in float64.
+
+Ours run in float64 through the reference, and in float32 through the native kernels on the same layout.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,16 @@ from torch import Tensor
 from reformer_kernels import LSHConfig
 from reformer_kernels import functional as F
 
-from .helpers import assert_close, gradients, layout_from_buckets, normal, padding_mask, relative_error
+from .helpers import (
+    NATIVE,
+    TOLERANCE,
+    assert_close,
+    gradients,
+    layout_from_buckets,
+    normal,
+    padding_mask,
+    relative_error,
+)
 
 N, D, CHUNK = 4, 5, 4  # the peer folds heads into the batch; here they are all heads of one batch
 
@@ -46,7 +58,8 @@ def setup(L: int, **fields: Any) -> tuple[LSHConfig, Tensor, Tensor, Tensor]:
     return config, qk, v, F.sample_rotations(config, N, D, seed=3)
 
 
-def compare(ours: Tensor, theirs: Tensor, inputs: list[Tensor], tolerance: float = 1e-10) -> None:
+def compare(ours: Tensor, theirs: Tensor, inputs: list[Tensor], tolerance: float = 0.0) -> None:
+    tolerance = max(tolerance, TOLERANCE[ours.dtype])
     assert theirs.abs().max() > 0.1
     assert_close(ours, theirs, tolerance)
     for a, e in zip(gradients([ours], inputs), gradients([theirs], inputs), strict=True):
@@ -54,17 +67,20 @@ def compare(ours: Tensor, theirs: Tensor, inputs: list[Tensor], tolerance: float
         assert_close(a, e, tolerance)
 
 
+@pytest.mark.parametrize("backend", ["reference", NATIVE])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize("n_hashes", [1, 2, 4])
 @pytest.mark.parametrize("L", [8, 16, 40])
 def test_lucidrains_equals_lsh_attention(
-    causal: bool, across: bool, n_hashes: int, L: int, monkeypatch: pytest.MonkeyPatch
+    backend: str, causal: bool, across: bool, n_hashes: int, L: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, qk, v, rotations = setup(L, n_hashes=n_hashes, causal=causal, attend_across_buckets=across)
     theirs, buckets = run_peer(qk, v, rotations, monkeypatch, causal=causal, attend_across_buckets=across)
     assert torch.equal(F.lsh_hash(qk, rotations, L // CHUNK), buckets.int())
-    compare(F.lsh_attention(qk, v, config, rotations=rotations), theirs, [qk, v])
+    layout = F.lsh_layout(qk, config, rotations=rotations)
+    dtype = torch.float32 if backend == "native" else torch.float64
+    compare(F.attend(qk.to(dtype), v.to(dtype), layout, config, backend=backend), theirs, [qk, v])
 
 
 @pytest.mark.parametrize("causal", [False, True])
