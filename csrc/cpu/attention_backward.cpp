@@ -141,11 +141,15 @@ class BackwardWorker {
       multiply_group<false>(rows, grad_outs, plan_.dv_padded, Pieces{&values_t, 1, kPanel}, kPanel,
                             grad_probabilities, kPanel, false);
       float* grad_logits = grad_logits_ + row * logits_stride() + met * kPanel;
-      rule_.with_compare([&](auto compare) {
+      const auto rows_of_group = [&](auto compare, auto weighted) {
         for (int i = 0; i < rows; ++i)
-          grad_logits_row<decltype(compare)::value>(row + i, panel, from, keys, codes, probabilities + i * kPanel,
-                                                    grad_probabilities + i * kPanel,
-                                                    grad_logits + i * logits_stride());
+          grad_logits_row<decltype(compare)::value, decltype(weighted)::value>(
+              row + i, panel, from, keys, codes, probabilities + i * kPanel, grad_probabilities + i * kPanel,
+              grad_logits + i * logits_stride());
+      };
+      rule_.with_compare([&](auto compare) {
+        if (codes || factors_) rows_of_group(compare, Constant<true>());
+        else rows_of_group(compare, Constant<false>());
       });
       packed += rows;
       if (runs > 0 && runs_[runs - 1].row + runs_[runs - 1].rows == row) runs_[runs - 1].rows += rows;
@@ -163,8 +167,8 @@ class BackwardWorker {
   }
 
   // Row i, in place: logits to (dropped) probabilities, and gradients of probabilities to those of logits,
-  // which go to `grad_logits` too.
-  template <PairRule::Compare kCompare>
+  // which go to `grad_logits` too. kWeighted: duplicates are corrected or probabilities dropped.
+  template <PairRule::Compare kCompare, bool kWeighted>
   void grad_logits_row(int i, int64_t panel, int64_t from, const Panel& keys, const int32_t* codes,
                        float* probabilities, float* grad_probabilities, float* grad_logits) {
 #pragma GCC unroll 2
@@ -173,11 +177,11 @@ class BackwardWorker {
       vfloat s = load(probabilities + half);
       if (!keys.plain) s += load(keys.bias + half);
       vfloat p = exp2_of(s - lse_[i]);
-      if (codes) p *= rule_.inverse_count(row_codes_ + i * p_.R, codes, half);
+      if (kWeighted && codes) p *= rule_.inverse_count(row_codes_ + i * p_.R, codes, half);
       p = select(visible, p, vfloat{});
       vfloat grad = load(grad_probabilities + half);
       vfloat dropped = p;
-      if (factors_) {
+      if (kWeighted && factors_) {
         const vfloat factor = load(factors_ + i * stride_ + (panel - from) * kPanel + half);
         dropped *= factor;
         grad *= factor;

@@ -142,12 +142,22 @@ class ForwardWorker {
       const float old = maximum_[i], maximum = max_of(old, max_of_lanes(largest));
       const float shift = maximum == -kInfinity ? 0.0f : maximum;
       vfloat sums{};
-      for (int64_t k = 0; k < count * kPanel; k += kLanes) {
-        vfloat p = exp2_of(load(row + k) - shift);
-        if (row_codes_)
-          p *= rule_.inverse_count(row_codes_ + i * p_.R, panels_.codes(met[k / kPanel]), static_cast<int>(k % kPanel));
-        store(row + k, p);
-        sums += p;
+      if (row_codes_) {
+        for (int64_t k = 0; k < count * kPanel; k += kLanes) {
+          const vfloat p = exp2_of(load(row + k) - shift) *
+                           rule_.inverse_count(row_codes_ + i * p_.R, panels_.codes(met[k / kPanel]),
+                                               static_cast<int>(k % kPanel));
+          store(row + k, p);
+          sums += p;
+        }
+      } else {
+        for (int64_t k = 0; k < count * kPanel; k += 2 * kLanes) {
+          const vfloat p = exp2_of(load(row + k) - shift), next = exp2_of(load(row + k + kLanes) - shift);
+          store(row + k, p);
+          store(row + k + kLanes, next);
+          sums += p;
+          sums += next;
+        }
       }
       const float sum = p_.rule.bucket_window ? sum_from_first_key(i, met[0], count, row) : sum_of_lanes(sums);
       if (factors_)

@@ -32,7 +32,7 @@ static float inverse_norm(const AttentionParams& p, const Head& head, int64_t po
 }
 
 struct Panel {
-  bool plain = false;          // every key is there and has no bias
+  bool plain = false;          // every key is there, has no bias, and buckets need not be compared
   int32_t first_position = 0;  // the lowest position of a key that may be seen, INT32_MAX if there is none
   int32_t position[kPanel];    // original position of the key, -1 where there is none
   float bias[kPanel];          // in logit units; -inf where there is no key or it is padding
@@ -132,7 +132,7 @@ class KeyPanels {
                                                                      p_.starts_size, on_ring % p_.L);
       }
       panel.bias[lane] = bias * kLog2E;
-      panel.plain &= bias == 0.0f;
+      panel.plain &= bias == 0.0f && !plan_.compares_buckets;
       float* key = keys + lane * plan_.d_padded;
       float* value = values + lane * plan_.dv_padded;
       if (bias == -kInfinity) {  // padding is never read, whatever it holds
@@ -227,13 +227,14 @@ class PairRule {
     if constexpr (kCompare == Compare::kBefore)
       mask = load(panel.position + half) < splat(tile.position[i] + (p_.rule.exclude_self ? 0 : 1));
     if constexpr (kCompare == Compare::kOthers) mask = load(panel.position + half) != splat(tile.position[i]);
-    if (index < tile.full_low[i] || index >= tile.full_high[i]) {
+    if (__builtin_expect(index < tile.full_low[i] || index >= tile.full_high[i], 0)) {
       const int64_t g = index * kPanel + half;
       const int64_t low = min_of<int64_t>(max_of<int64_t>(tile.low[i] - g, 0), kLanes);
       const int64_t high = min_of<int64_t>(max_of<int64_t>(tile.high[i] - g, 0), kLanes);
       mask &= (lanes_ >= splat(static_cast<int32_t>(low))) & (lanes_ < splat(static_cast<int32_t>(high)));
     }
-    if (!panel.plain) mask &= load(panel.bias + half) > splat(-kInfinity);
+    if (__builtin_expect(panel.plain, 1)) return mask;
+    mask &= load(panel.bias + half) > splat(-kInfinity);
     if (plan_.compares_buckets)
       for (int lane = 0; lane < kLanes; ++lane) mask[lane] &= -(panel.bucket[half + lane] == tile.bucket[i]);
     return mask;
