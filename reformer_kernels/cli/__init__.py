@@ -19,6 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # wraps the docstrings to the terminal
 )
 app.command()(info)
 app.command()(bench)

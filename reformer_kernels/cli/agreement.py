@@ -1,8 +1,8 @@
 """Do our results equal a peer's? Asked on the benchmark's own tensors before any time is quoted.
 
-Two hashes of one row may differ where two directions nearly tie, and a row in another bucket moves every chunk
-boundary after it. So attention is compared on the peer's own buckets, and the hashes are compared on their own:
-the share of equal ids, with the peer's rotations.
+Two hashes of one row may differ where two directions nearly tie, and a row in another bucket moves every
+chunk boundary after it. So attention is compared on the peer's own buckets, and the hashes are compared on
+their own: the share of equal ids, with the peer's rotations.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from reformer_kernels.cli.workloads import SEED, flat, make_inputs
 from reformer_kernels.layout import Layout
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}
-"""Of the largest difference, relative to the largest output, by dtype. In float32 and below the peers themselves
-are the less exact side."""
+"""Of the largest difference, relative to the largest output, by dtype. In float32 and below the peers
+themselves are the less exact side."""
 
 SAME_BUCKETS = {"float64": 0.999999, "float32": 0.9995, "bfloat16": 0.95, "float16": 0.98}
 """Share of bucket ids that must be equal: the peers draw rotations and multiply in the inputs' dtype."""
 
 SEES_ONLY_ITSELF = -1e4
-"""Rows of a log-sum-exp below this see no other key. There the peers add -1e5 in the inputs' dtype, which costs
-float32 0.2-0.35 %; ours is exact. They are left out."""
+"""Rows of a log-sum-exp below this see no other key. There the peers add -1e5 in the inputs' dtype, which
+costs float32 0.2-0.35 %; ours is exact. They are left out."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Agreement:
         sign = "<=" if self.quantity != "equal bucket ids" else ">="
         verdict = "agrees" if self.ok else "DISAGREES"
         place = f" (L = {self.problem.length}, {self.problem.n_hashes} rounds)" if self.problem else ""
-        return f"{self.peer}{place}: {verdict}, {self.quantity} {self.value:.4g}, must be {sign} {self.limit:.4g}"
+        figures = f"{self.quantity} {self.value:.4g}, must be {sign} {self.limit:.4g}"
+        return f"{self.peer}{place}: {verdict}, {figures}"
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -83,20 +84,19 @@ def check(peer: str, operation: str, problem: Problem) -> Iterator[Agreement]:
             torch.manual_seed(SEED)
             theirs, buckets = other.attend(qk.flatten(0, 1), v.flatten(0, 1))
             theirs = theirs.view_as(v)
-    hashed = buckets is not None
     if buckets is not None:
         buckets = other.without_offsets(buckets)
-    if hashed and operation in ("hash", "lsh"):
+    if buckets is not None and operation in ("hash", "lsh"):
         yield _check_hash(title, problem, other, qk, buckets)
     if operation in ("attention", "lsh"):
         config = problem.config(PEERS[peer].preset or "trax")
         n_buckets = 1
-        for factor in other.factors if hashed else ():
+        for factor in other.factors if buckets is not None else ():
             n_buckets *= factor
         with torch.no_grad():
             layout = (
                 layout_of(buckets, n_buckets, problem.backend)
-                if hashed
+                if buckets is not None
                 else functional.lsh_layout(qk, config, seed=SEED, backend=problem.backend)
             )
             ours, lse = functional.attend(qk, v, layout, config, backend=problem.backend, return_lse=True)

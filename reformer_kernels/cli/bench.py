@@ -86,9 +86,7 @@ def bench(
             show_default="those installed",
         ),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads.", show_default="torch's number")
-    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's number")] = None,
     budget: Annotated[float, typer.Option(help="Seconds to spend on each row's repeats.")] = 2.0,
     repeats: Annotated[int, typer.Option(help="Most repeats of a row.")] = 20,
     max_seconds: Annotated[
@@ -97,7 +95,9 @@ def bench(
     measure_memory: Annotated[
         bool, typer.Option("--memory/--no-memory", help="Measure peak working memory.")
     ] = True,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all as JSON.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all as JSON.")
+    ] = None,
     csv_file: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE", help="Write the rows as CSV.")
     ] = None,
@@ -173,7 +173,9 @@ def _checked_peers(settings: Settings, text: str | None, console: Console) -> tu
     for key in wanted:
         reason = PEERS[key].missing()
         if key not in rows:
-            reason = None if text is None else f"{PEERS[key].title} has no call for {settings.operation} alone"
+            reason = (
+                None if text is None else f"{PEERS[key].title} has no call for {settings.operation} alone"
+            )
             if reason:
                 console.print(f"[yellow]Left out:[/] {reason}.", highlight=False)
         elif reason is not None:
@@ -237,7 +239,7 @@ def _run_length(settings: Settings, length: int, report: Report, say: Callable[[
 
 
 def _checks(settings: Settings, problem: Problem, report: Report) -> list[agreement.Agreement]:
-    found = []
+    found: list[agreement.Agreement] = []
     for key in settings.compare:
         if PEERS[key].preset is not None:
             try:
@@ -270,7 +272,9 @@ def _refuse_too_large(settings: Settings, key: str, problem: Problem, report: Re
     flops = work.flops("forward+backward" if settings.backward else "forward") or 0.0
     seconds = flops / (share * report.rates.matmul_gflops * 1e9)
     if seconds > settings.max_seconds:
-        raise PeerRefusesError(f"predicted to take {seconds:.0f} s a call; --max-seconds {seconds:.0f} allows it")
+        raise PeerRefusesError(
+            f"predicted to take {seconds:.0f} s a call; --max-seconds {seconds:.0f} allows it"
+        )
 
 
 def _measure_memory(settings: Settings, report: Report, say: Callable[[str], None]) -> None:

@@ -36,7 +36,13 @@ def gather() -> dict[str, Any]:
         except (RuntimeError, ValueError, NotImplementedError) as error:
             reason = str(error)
         backends.append(
-            {"backend": backend, "device": device, "language": language, "live": reason is None, "reason": reason}
+            {
+                "backend": backend,
+                "device": device,
+                "language": language,
+                "live": reason is None,
+                "reason": reason,
+            }
         )
     return {
         "version": machine.version_of("reformer-kernels"),

@@ -59,9 +59,7 @@ class ByteLanguageModel(nn.Module):
         super().__init__()
         # Windows within buckets do not move when text is appended: training, evaluation and sampling
         # then see the same keys.
-        config = LSHConfig.paper(
-            n_hashes=n_hashes, chunk_length=chunk_length, causal=True, window="bucket"
-        )
+        config = LSHConfig.paper(n_hashes=n_hashes, chunk_length=chunk_length, causal=True, window="bucket")
         self.embedding = ByteEmbedding(dim)
         self.blocks = nn.ModuleList(Block(dim, heads, config, seed, backend) for seed in range(layers))
         self.norm = nn.LayerNorm(dim)

@@ -2,8 +2,9 @@
 
 On the CPU a fresh process makes the call, and the system's own record of its resident memory is read: the
 highest since just before the call, less that before it, less the outputs and gradients. It sees every byte,
-whoever allocated it. For that record to be exact, glibc is told to give each block above 64 KiB its own mapping, so
-that freed blocks return to the system at once and none is reused unseen. On CUDA torch's allocator tells.
+whoever allocated it. For that record to be exact, glibc is told to give each block above 64 KiB its own
+mapping, so that freed blocks return to the system at once and none is reused unseen. On CUDA torch's
+allocator tells.
 
 Run as `python -m reformer_kernels.cli.memory`, this module reads requests as lines of JSON and answers each
 with a line of JSON.
@@ -11,6 +12,7 @@ with a line of JSON.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import gc
@@ -67,10 +69,8 @@ def peak_of(call: Callable[[], Sequence[Tensor]], device: torch.device) -> int:
 
 def _trim() -> None:
     """Give freed heap pages back to the system (glibc)."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        pass
 
 
 def measure(operation: str, name: str, problem: Problem, backward: bool) -> dict[str, int]:
@@ -116,7 +116,8 @@ def measure_all(
             text=True,
             env=environment,
         ) as process:
-            assert process.stdin is not None and process.stdout is not None
+            assert process.stdin is not None
+            assert process.stdout is not None
             try:
                 answered = True
                 while pending and answered:

@@ -42,14 +42,19 @@ class Peer:
         try:
             importlib.import_module(self.module)
         except Exception as error:  # whatever a broken installation raises belongs in the message
-            return f"{self.title} does not import ({type(error).__name__}: {error}); try: {self.install_command} -U"
+            reason = f"{type(error).__name__}: {error}"
+            return f"{self.title} does not import ({reason}); try: {self.install_command} -U"
         return None
 
 
 PEERS = {
     "sdpa": Peer("sdpa", "torch SDPA", "torch", "torch.nn.functional", None),
-    "hf": Peer("hf", "Hugging Face", "transformers", "transformers.models.reformer.modeling_reformer", "trax"),
-    "lucidrains": Peer("lucidrains", "reformer_pytorch", "reformer-pytorch", "reformer_pytorch", "lucidrains"),
+    "hf": Peer(
+        "hf", "Hugging Face", "transformers", "transformers.models.reformer.modeling_reformer", "trax"
+    ),
+    "lucidrains": Peer(
+        "lucidrains", "reformer_pytorch", "reformer-pytorch", "reformer_pytorch", "lucidrains"
+    ),
 }
 
 
@@ -111,9 +116,10 @@ class HuggingFace:
             is_decoder=problem.causal,
             hash_seed=None,
         )
-        self.layer: Any = modeling_reformer.LSHSelfAttention(config).to(problem.device)
-        self.layer.query_key = _Given()
-        self.layer.value = _Given()
+        layer: Any = modeling_reformer.LSHSelfAttention(config)
+        layer.query_key = _Given()
+        layer.value = _Given()
+        self.layer = layer.to(problem.device)
         if problem.length > problem.chunk_length:
             logger = logging.getLogger("transformers.models.reformer.modeling_reformer")
             level = logger.level

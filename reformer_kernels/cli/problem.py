@@ -10,7 +10,12 @@ import torch
 
 from reformer_kernels.config import LSHConfig, automatic_factors
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 FORWARD_PRODUCTS = 2
 """Matrix products over the pairs: logits, output."""
@@ -61,7 +66,9 @@ class Problem:
         }
         if preset == "bucket":
             return LSHConfig.paper(window="bucket", **rules)
-        return {"trax": LSHConfig.trax, "paper": LSHConfig.paper, "lucidrains": LSHConfig.lucidrains}[preset](**rules)
+        return {"trax": LSHConfig.trax, "paper": LSHConfig.paper, "lucidrains": LSHConfig.lucidrains}[preset](
+            **rules
+        )
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -91,8 +98,9 @@ class Work:
 def attention_work(problem: Problem, config: LSHConfig) -> Work:
     """Work of the attention over a layout.
 
-    FLOPs are those of dense tile pairs: every query meets every key of its chunk and its chunks before and after
-    (window "bucket": its w keys), masked or not. Bytes: each round reads q and v once, and out is written once.
+    FLOPs are those of dense tile pairs: every query meets every key of its chunk and its chunks before and
+    after (window "bucket": its w keys), masked or not. Bytes: each round reads q and v once, and out is
+    written once.
     """
     chunk = min(config.chunk_length, problem.length)
     keys = chunk * (1 + config.chunks_before + config.chunks_after)
@@ -118,7 +126,9 @@ def full_attention_work(problem: Problem) -> Work:
 def hash_work(problem: Problem) -> Work:
     """Work of hashing: x times half the factors' sum of columns a round; reads x, writes int32 ids."""
     columns = problem.n_hashes * sum(problem.factors) / 2
-    return Work(2.0 * problem.rows * problem.head_dim * columns, None, problem.tensor_bytes + id_bytes(problem))
+    return Work(
+        2.0 * problem.rows * problem.head_dim * columns, None, problem.tensor_bytes + id_bytes(problem)
+    )
 
 
 def sort_work(problem: Problem) -> Work:

@@ -152,7 +152,12 @@ class Report:
             previous = (row.name, row.problem)
             rounds = "" if row.name == "torch SDPA" else str(row.problem.n_hashes)
             ratios = self.ratios(row)
-            cells = [row.name if first else "", rounds if first else "", row.phase, _seconds(row.spread.median)]
+            cells = [
+                row.name if first else "",
+                rounds if first else "",
+                row.phase,
+                _seconds(row.spread.median),
+            ]
             if wide:
                 cells.append(f"{_seconds(row.spread.p20)} - {_seconds(row.spread.p80)}")
             cells += [str(row.spread.n), _number(row.gflops), _share(row.gflops, self.rates.matmul_gflops)]
@@ -165,21 +170,23 @@ class Report:
 
     def _notes(self) -> list[str]:
         notes = [
-            "median: seconds of one call. n: samples. memory: the most a call holds beyond inputs, outputs and "
-            "gradients.",
+            "median: time of one call. n: samples. memory: the most that a call holds beyond its inputs, outputs "
+            "and gradients.",
         ]
         if self.settings.operation in ("lsh", "attention"):
             notes.append(
-                "GFLOP/s: of the products of all query-key pairs in the tiles, masked or not (SDPA: half of L x L "
-                "where causal). vs: how many times as long the other takes."
+                "GFLOP/s: of the products of all query-key pairs in the tiles, masked or not (SDPA: half of "
+                "L x L where causal). vs: how many times as long the other takes."
             )
             notes.append(
-                "trax() attends as Hugging Face does; paper() adds the bucket mask and the duplicate correction; "
-                "window=bucket replaces chunks by the nearest keys in the bucket."
+                "trax() attends as Hugging Face does; paper() adds the bucket mask and the duplicate "
+                "correction; window=bucket replaces chunks by the nearest keys in the bucket."
             )
         else:
             notes.append("vs: how many times as long the other takes.")
-        notes += [("[green]ok[/] " if check.ok else "[bold red]FAILED[/] ") + str(check) for check in self.checks]
+        notes += [
+            ("[green]ok[/] " if check.ok else "[bold red]FAILED[/] ") + str(check) for check in self.checks
+        ]
         notes += [
             f"[yellow]Left out:[/] {skip['name']} at L = {skip['problem']['length']}: {skip['reason']}."
             for skip in self.skipped

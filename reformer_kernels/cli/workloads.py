@@ -38,7 +38,7 @@ PEER_ROWS = {
     "attention": {"sdpa": "torch SDPA", "hf": "Hugging Face"},
     "lsh": {"sdpa": "torch SDPA", "hf": "Hugging Face", "lucidrains": "reformer_pytorch"},
 }
-"""Which peers have the operation, by key. Attention alone: reformer_pytorch has no call that takes buckets."""
+"""Which peers have the operation, by key. reformer_pytorch has no call that takes buckets as given."""
 
 SEED = 0
 

@@ -26,7 +26,9 @@ def _positive(name: str, value: Any) -> int:
     return value
 
 
-def _head_sizes(embed_dim: int, num_heads: int, head_dim: int | None, value_dim: int | None) -> tuple[int, int]:
+def _head_sizes(
+    embed_dim: int, num_heads: int, head_dim: int | None, value_dim: int | None
+) -> tuple[int, int]:
     """The head dimensions D of queries and keys and D_v of values, checked."""
     _positive("embed_dim", embed_dim)
     _positive("num_heads", num_heads)
@@ -305,7 +307,11 @@ class LocalSelfAttention(_SelfAttention):
         return self.output(self._merge_heads(out))
 
     def extra_repr(self) -> str:
-        parts = [self._sizes_repr(), f"chunk_length={self.chunk_length}", f"chunks_before={self.chunks_before}"]
+        parts = [
+            self._sizes_repr(),
+            f"chunk_length={self.chunk_length}",
+            f"chunks_before={self.chunks_before}",
+        ]
         parts += [f"chunks_after={self.chunks_after}", f"causal={self.causal}"]
         if self.wrap:
             parts.append("wrap=True")
