@@ -1,4 +1,4 @@
-"""Checks of command-line arguments: each returns the value or ends the command with a reason (exit code 2)."""
+"""Checks of command-line arguments: the value, or the end of the command with a reason and exit code 2."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from reformer_kernels.cli.timing import Case, interleave
 from reformer_kernels.cli.workloads import OPERATIONS, OURS, PEER_ROWS, Workload, build
 
 GIB = 2**30
-PEER_BYTES_PER_PAIR = {"forward": 18, "backward": 40}
+PEER_BYTES_PER_PAIR = {"forward": 25, "backward": 45}
 """Bytes that a Reformer peer was seen to hold for each query-key pair in float32: it keeps several tensors of
 all the pairs of all the rounds. Used to refuse a problem that would not fit, never reported."""
 
@@ -191,15 +191,22 @@ def run(settings: Settings, console: Console) -> Report:
     """Measure everything; what is under way shows on standard error."""
     device = torch.device(settings.problem.device)
     with Console(stderr=True).status("measuring the machine's own rates") as status:
-        report = Report(settings, machine.measure_rates(device, settings.problem.torch_dtype), sys.argv[1:])
+        meter = machine.RateMeter(device, settings.problem.torch_dtype)
+        cases = meter.cases()
+        interleave(cases, budget=0.5, max_repeats=3)
+        meter.take(cases)
+        report = Report(settings, meter.rates(), sys.argv[1:])
         for length in settings.lengths:
-            _run_length(settings, length, report, status.update)
+            _run_length(settings, length, report, meter, status.update)
+        report.rates = meter.rates()
         if settings.measure_memory:
             _measure_memory(settings, report, status.update)
     return report
 
 
-def _run_length(settings: Settings, length: int, report: Report, say: Callable[[str], None]) -> None:
+def _run_length(
+    settings: Settings, length: int, report: Report, meter: machine.RateMeter, say: Callable[[str], None]
+) -> None:
     """Check, then time in turns, every row of one length."""
     workloads: list[Workload] = []
     for problem in settings.problems(length):
@@ -223,16 +230,19 @@ def _run_length(settings: Settings, length: int, report: Report, say: Callable[[
 
     cases: list[Case] = []
     owners: list[Workload] = []
+    rate_cases = meter.cases()
     for workload in workloads:
         new = workload.cases(settings.backward)
         cases += new
         owners += [workload] * len(new)
+    names = [*(owner.name for owner in owners), "a matrix product", "a copy"]
     interleave(
-        cases,
+        [*cases, *rate_cases],
         budget=settings.budget,
         max_repeats=settings.max_repeats,
-        progress=lambda index: say(f"L = {length}: timing {owners[index].name}"),
+        progress=lambda index: say(f"L = {length}: timing {names[index]}"),
     )
+    meter.take(rate_cases)
     for case, workload in zip(cases, owners, strict=True):
         for phase, spread in case.spreads().items():
             report.rows.append(Row(workload.name, workload.problem, phase, spread, workload.work))

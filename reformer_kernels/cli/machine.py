@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from reformer_kernels.cli.timing import Case, clock, interleave
+from reformer_kernels.cli.timing import Case, Spread, clock
 
 PACKAGES = ("reformer-kernels", "torch", "triton", "numpy", "transformers", "reformer-pytorch")
 
@@ -94,27 +95,42 @@ class Rates:
     """Bytes read and bytes written, both counted."""
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """The median rates of a square matrix product in `dtype` and of a copy too large for any cache."""
-    size = 2048 if device.type == "cpu" else 8192
-    count = (64 if device.type == "cpu" else 512) * 2**20 // 4
-    a = torch.randn(size, size, device=device).to(dtype)
-    b = torch.randn(size, size, device=device).to(dtype)
-    product = torch.empty_like(a)
-    source = torch.ones(count, device=device)
-    target = torch.zeros_like(source)
+class RateMeter:
+    """Times a square matrix product in `dtype` and a copy too large for any cache.
 
-    def multiply() -> dict[str, float]:
-        start = clock(device)
-        torch.matmul(a, b, out=product)
-        return {"seconds": clock(device) - start}
+    Its cases take their turns among the benchmark's own, so that a share of the machine's rate compares what
+    ran in the same minutes.
+    """
 
-    def copy() -> dict[str, float]:
-        start = clock(device)
-        target.copy_(source)
-        return {"seconds": clock(device) - start}
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.size = 2048 if device.type == "cpu" else 8192
+        self.count = (64 if device.type == "cpu" else 512) * 2**20 // 4
+        self.a = torch.randn(self.size, self.size, device=device).to(dtype)
+        self.b = torch.randn(self.size, self.size, device=device).to(dtype)
+        self.product = torch.empty_like(self.a)
+        self.source = torch.ones(self.count, device=device)
+        self.target = torch.zeros_like(self.source)
+        self.seconds: tuple[list[float], list[float]] = ([], [])
 
-    cases = [Case(multiply), Case(copy)]
-    interleave(cases, budget=1.5, max_repeats=7)
-    seconds = [case.spreads()["seconds"].median for case in cases]
-    return Rates(2 * size**3 / seconds[0] / 1e9, 2 * 4 * count / seconds[1] / 1e9)
+    def _multiply(self) -> dict[str, float]:
+        start = clock(self.device)
+        torch.matmul(self.a, self.b, out=self.product)
+        return {"seconds": clock(self.device) - start}
+
+    def _copy(self) -> dict[str, float]:
+        start = clock(self.device)
+        self.target.copy_(self.source)
+        return {"seconds": clock(self.device) - start}
+
+    def cases(self) -> list[Case]:
+        return [Case(self._multiply), Case(self._copy)]
+
+    def take(self, cases: Sequence[Case]) -> None:
+        """Keep the samples of `cases()` once they have run."""
+        for kept, case in zip(self.seconds, cases, strict=True):
+            kept += case.samples["seconds"]
+
+    def rates(self) -> Rates:
+        multiply, copy = (Spread.of(kept).median for kept in self.seconds)
+        return Rates(2 * self.size**3 / multiply / 1e9, 2 * 4 * self.count / copy / 1e9)

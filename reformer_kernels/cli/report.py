@@ -33,6 +33,14 @@ PEER_NAMES = {
     "lucidrains": "reformer_pytorch",
     "torch": "torch.sort(stable)",
 }
+RATIO_TITLES = {
+    "sdpa": "vs\nSDPA",
+    "hf": "vs Hug-\nging Face",
+    "lucidrains": "vs reform-\ner_pytorch",
+    "torch": "vs\ntorch.sort",
+    "faster_reformer_peer": "vs faster\nReformer",
+}
+PHASE_NAMES = {"forward": "forward", "backward": "backward", "forward+backward": "fwd + bwd"}
 REFORMER_PEERS = ("hf", "lucidrains")
 
 
@@ -127,22 +135,21 @@ class Report:
             if any(key in self.ratios(row) for row in rows)
             and not (key == "faster_reformer_peer" and not {"hf", "lucidrains"} <= set(self.settings.compare))
         ]
-        titles = {**PEER_NAMES, "faster_reformer_peer": "faster\nReformer"}
-        table.add_column("call")
+        table.add_column("call", no_wrap=True)
         table.add_column("rounds", justify="right")
-        table.add_column("pass")
-        table.add_column("median", justify="right")
+        table.add_column("pass", no_wrap=True)
+        table.add_column("median", justify="right", no_wrap=True)
         if wide:
-            table.add_column("20-80 %", justify="right")
+            table.add_column("20-80 %", justify="right", no_wrap=True)
         table.add_column("n", justify="right")
         table.add_column("GFLOP/s", justify="right")
         table.add_column("of\nmatmul", justify="right")
         if wide:
             table.add_column("GB/s", justify="right")
             table.add_column("of\ncopy", justify="right")
-        table.add_column("memory", justify="right")
+        table.add_column("memory", justify="right", no_wrap=True)
         for key in compared:
-            table.add_column("vs " + titles[key].replace(" ", "\n"), justify="right", style="bold")
+            table.add_column(RATIO_TITLES[key], justify="right", style="bold", no_wrap=True)
 
         previous = None
         for row in rows:
@@ -155,23 +162,23 @@ class Report:
             cells = [
                 row.name if first else "",
                 rounds if first else "",
-                row.phase,
+                PHASE_NAMES[row.phase],
                 _seconds(row.spread.median),
             ]
             if wide:
-                cells.append(f"{_seconds(row.spread.p20)} - {_seconds(row.spread.p80)}")
+                cells.append(_range(row.spread))
             cells += [str(row.spread.n), _number(row.gflops), _share(row.gflops, self.rates.matmul_gflops)]
             if wide:
                 cells += [_number(row.gbs), _share(row.gbs, self.rates.copy_gbs)]
             cells.append(_bytes(row.working_memory))
-            cells += [f"{ratios[key]:.1f}x" if key in ratios else "" for key in compared]
+            cells += [f"{_number(ratios[key])}x" if key in ratios else "" for key in compared]
             table.add_row(*cells)
         return table
 
     def _notes(self) -> list[str]:
         notes = [
-            "median: time of one call. n: samples. memory: the most that a call holds beyond its inputs, outputs "
-            "and gradients.",
+            "median: time of one call. n: samples. memory: the most that a call holds beyond its inputs, "
+            "outputs and gradients.",
         ]
         if self.settings.operation in ("lsh", "attention"):
             notes.append(
@@ -269,6 +276,12 @@ def _seconds(seconds: float) -> str:
         if seconds >= scale:
             return f"{_number(seconds / scale)} {unit}"
     return f"{_number(seconds / 1e-6)} us"
+
+
+def _range(spread: Spread) -> str:
+    """The 20th and 80th percentiles in the 80th's unit."""
+    high, unit = _seconds(spread.p80).split()
+    return f"{_number(spread.p20 / {'s': 1.0, 'ms': 1e-3, 'us': 1e-6}[unit])} - {high} {unit}"
 
 
 def _number(value: float | None) -> str:

@@ -24,7 +24,7 @@ from reformer_kernels.cli.text import TextError, load_text
 from reformer_kernels.cli.training import CheckpointError, DivergedError, Recipe, Trainer, read_checkpoint
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 + SIGINT, as shells have it, so that a script sees that training was cut off."""
+"""Exit code after Ctrl-C: 128 + SIGINT, as in a shell, so that a script sees that training was cut off."""
 
 CHANGEABLE = ("steps", "lr")
 """What a resumed run may change of its recipe."""
@@ -92,7 +92,7 @@ def train(
     Ctrl-C finishes the step, saves a checkpoint (to FILE, or to a new file in this folder) and leaves with
     exit code 130; the same command with --resume goes on, with the same losses as a run never stopped.
     """
-    options = {
+    options: dict[str, Any] = {
         "steps": steps,
         "seq_len": seq_len,
         "batch": batch,
