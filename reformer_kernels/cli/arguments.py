@@ -64,4 +64,4 @@ def writable_file(name: str, path: Path | None) -> None:
 def new_console() -> Console:
     """Standard output; where it is no terminal (a file, a pipe), wide enough for every column."""
     console = Console()
-    return console if console.is_terminal else Console(width=160)
+    return console if console.is_terminal else Console(width=180)

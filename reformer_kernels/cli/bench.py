@@ -45,7 +45,7 @@ class Settings:
     """The command's arguments, checked."""
 
     operation: str = "lsh"
-    lengths: Sequence[int] = (512, 2048, 8192)
+    lengths: Sequence[int] = (1024, 4096)
     n_hashes: Sequence[int] = (4,)
     problem: Problem = field(default_factory=Problem)
     """All of a problem but its length and rounds."""
@@ -66,7 +66,7 @@ def bench(
     operation: Annotated[
         str, typer.Argument(metavar="[hash|sort|attention|lsh]", help="What to time; lsh is the whole call.")
     ] = "lsh",
-    seq_lens: Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")] = "512,2048,8192",
+    seq_lens: Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")] = "1024,4096",
     batch: Annotated[int, typer.Option(help="Batch size.")] = 1,
     heads: Annotated[int, typer.Option(help="Attention heads.")] = 8,
     head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 64,

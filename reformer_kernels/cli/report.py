@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from reformer_kernels.cli.bench import Settings
 
 SCHEMA = 1
-WIDE = 125
-"""Columns of a terminal from which the tables show everything."""
+WIDE = 165
+NARROW = 110
+"""Widths of a terminal from which the tables show everything, and below which only the main columns."""
 
 PEER_NAMES = {
     "sdpa": "torch SDPA",
@@ -116,11 +117,12 @@ class Report:
             highlight=False,
         )
         for length in self.settings.lengths:
-            console.print(self._table(length, console.width >= WIDE))
+            console.print(self._table(length, console.width))
         for line in self._notes():
             console.print(line, highlight=False)
 
-    def _table(self, length: int, wide: bool) -> Table:
+    def _table(self, length: int, width: int) -> Table:
+        wide, narrow = width >= WIDE, width < NARROW
         problem = self.settings.problem
         causal = "causal" if problem.causal else "not causal"
         table = Table(
@@ -135,6 +137,8 @@ class Report:
             if any(key in self.ratios(row) for row in rows)
             and not (key == "faster_reformer_peer" and not {"hf", "lucidrains"} <= set(self.settings.compare))
         ]
+        if narrow and "faster_reformer_peer" in compared:
+            compared = [key for key in compared if key not in REFORMER_PEERS]
         table.add_column("call", no_wrap=True)
         table.add_column("rounds", justify="right")
         table.add_column("pass", no_wrap=True)

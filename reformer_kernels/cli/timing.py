@@ -55,6 +55,8 @@ class Case:
     spent: float = 0.0
     calls_per_sample: int = 1
     warm_up_seconds: float = 0.0
+    warmed_by: Case | None = None
+    """A case of the same call: where it is slow, its warm-up does for both."""
 
     @property
     def n(self) -> int:
@@ -62,6 +64,9 @@ class Case:
 
     def warm_up(self, slow: float) -> None:
         """Run untimed: twice where the call is quick, since the first call also allocates and loads."""
+        if self.warmed_by is not None and self.warmed_by.warm_up_seconds > slow:
+            self.warm_up_seconds = self.warmed_by.warm_up_seconds
+            return
         for _ in range(2):
             start = time.perf_counter()
             self.run()

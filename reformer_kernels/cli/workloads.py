@@ -86,7 +86,7 @@ class Workload:
 
         cases = [Case(run_forward)]
         if backward and self.differentiable:
-            cases.append(Case(run_both))
+            cases.append(Case(run_both, warmed_by=cases[0]))
         return cases
 
 
