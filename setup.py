@@ -1,4 +1,4 @@
-"""Builds reformer_kernels._C by driving CMake and Ninja; everything else is in pyproject.toml and CMakeLists.txt."""
+"""Builds reformer_kernels._C with CMake and Ninja; the rest is in pyproject.toml and CMakeLists.txt."""
 
 from __future__ import annotations
 

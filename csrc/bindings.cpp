@@ -31,7 +31,7 @@ class Fields {
   }
 
   template <typename Field>
-  Fields& field(const char* name, Field Struct::*member) {
+  Fields& field(const char* name, Field Struct::* member) {
     if constexpr (std::is_pointer_v<Field>) {
       class_.def_property(
           name, [member](const Struct& s) { return reinterpret_cast<uintptr_t>(s.*member); },

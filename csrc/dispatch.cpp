@@ -6,7 +6,8 @@
 
 #include "cpu/variants.h"
 
-// CMake defines REFORMER_ISAS(VARIANT) as the compiled variants, best last: VARIANT(portable) VARIANT(avx2) ...
+// CMake defines REFORMER_ISAS(VARIANT) as the compiled variants, best last: VARIANT(portable) VARIANT(avx2)
+// ...
 #include "isas.h"
 
 namespace reformer {
@@ -28,9 +29,7 @@ struct Variant {
 };
 
 // Each also asks whether the operating system saves the wider registers.
-bool supports_portable() {
-  return true;
-}
+bool supports_portable() { return true; }
 #if defined(__x86_64__)
 [[maybe_unused]] bool supports_avx2() {
   __builtin_cpu_init();
@@ -42,20 +41,16 @@ bool supports_portable() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 // The 16-lane code compiled for AVX2: tests only.
-[[maybe_unused]] bool supports_wide() {
-  return supports_avx2();
-}
+[[maybe_unused]] bool supports_wide() { return supports_avx2(); }
 #endif
 
-bool is_automatic(const char* name) {
-  return std::strcmp(name, "wide") != 0;
-}
+bool is_automatic(const char* name) { return std::strcmp(name, "wide") != 0; }
 
 #define REFORMER_ENTRY(result, name, parameters, arguments) &variant::name,
-#define REFORMER_VARIANT(isa)                                                \
-  {#isa, is_automatic(#isa), &supports_##isa, [] {                           \
-     namespace variant = reformer::isa;                                      \
-     return KernelTable{REFORMER_KERNELS(REFORMER_ENTRY)};                   \
+#define REFORMER_VARIANT(isa)                              \
+  {#isa, is_automatic(#isa), &supports_##isa, [] {         \
+     namespace variant = reformer::isa;                    \
+     return KernelTable{REFORMER_KERNELS(REFORMER_ENTRY)}; \
    }()},
 const Variant kVariants[] = {REFORMER_ISAS(REFORMER_VARIANT)};
 
@@ -73,9 +68,7 @@ std::atomic<const Variant*>& active() {
   return variant;
 }
 
-const KernelTable& kernels() {
-  return active().load(std::memory_order_relaxed)->kernels;
-}
+const KernelTable& kernels() { return active().load(std::memory_order_relaxed)->kernels; }
 
 }  // namespace
 
@@ -83,9 +76,7 @@ const KernelTable& kernels() {
   result name parameters { return kernels().name arguments; }
 REFORMER_KERNELS(REFORMER_FORWARD)
 
-const char* active_isa() {
-  return active().load(std::memory_order_relaxed)->name;
-}
+const char* active_isa() { return active().load(std::memory_order_relaxed)->name; }
 
 bool select_isa(const char* name) {
   const Variant* found = find(name);
@@ -98,12 +89,8 @@ const char* compiled_isas() {
   return &(REFORMER_ISAS(REFORMER_NAME))[1];
 }
 
-void* allocate_scratch(size_t bytes) {
-  return ::operator new(bytes, std::align_val_t{64});
-}
+void* allocate_scratch(size_t bytes) { return ::operator new(bytes, std::align_val_t{64}); }
 
-void free_scratch(void* memory) {
-  ::operator delete(memory, std::align_val_t{64});
-}
+void free_scratch(void* memory) { ::operator delete(memory, std::align_val_t{64}); }
 
 }  // namespace reformer

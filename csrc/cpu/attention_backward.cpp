@@ -9,20 +9,12 @@
 // come in an order that does not depend on the number of threads. Key normalisation is undone once a token,
 // after the last round.
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "key_panels.h"
+#include "threads.h"
 
 namespace reformer {
 namespace REFORMER_ISA {
 namespace {
-
-template <typename T>
-constexpr bool kIsFloat = false;
-template <>
-constexpr bool kIsFloat<float> = true;
 
 // float32 sums of one head, by position: grad_q and grad_v in place where they are float32.
 struct Sums {
@@ -42,8 +34,9 @@ class BackwardWorker {
     grad_queries_ = arena->take<float>(kTileRows * plan.d_padded);
     probabilities_ = arena->take<float>(kTileRows * kPanel);
     grad_probabilities_ = arena->take<float>(kTileRows * kPanel);
-    grad_logits_ = arena->take<float>(kTileRows * (stride_ + kLanes));
-    pieces_ = arena->take<const float*>(plan.block_panels);
+    grad_logits_ = arena->take<float>(kTileRows * logits_stride());
+    met_ = arena->take<int64_t>(kTileGroups * plan.block_panels);
+    pieces_ = arena->take<Piece>(max_of<int64_t>(plan.block_panels, kTileGroups));
     if (dropout()) factors_ = arena->take<float>(kTileRows * stride_);
     if (p.rule.correct_duplicates) row_codes_ = arena->take<int32_t>(kTileRows * p.R);
   }
@@ -63,7 +56,7 @@ class BackwardWorker {
       if (tile_.crosses != crossing) continue;
       load_tile(head, sums);
       for (int64_t from = tile_.first_panel; from < tile_.last_panel; from += plan_.block_panels)
-        differentiate_block(head, from, min_of(from + plan_.block_panels, tile_.last_panel));
+        differentiate_block(head, sums, from, min_of(from + plan_.block_panels, tile_.last_panel));
       store_grad_queries(sums);
     }
     panels_.flush();
@@ -82,7 +75,7 @@ class BackwardWorker {
         load_row(row_of<const T>(p_.q, head.b, head.h, position), p_.D, plan_.d_padded, query);
       load_row(row_of<const T>(g_.grad_out, head.b, head.h, position), p_.Dv, plan_.dv_padded,
                grad_outs_ + i * plan_.dv_padded);
-      lse_[i] = p_.lse[head.index * p_.L + position];
+      lse_[i] = p_.lse[head.index * p_.L + position] * kLog2E;
       delta_[i] = sums.delta[position];
       if (row_codes_)
         memcpy(row_codes_ + i * p_.R, head.codes + position * p_.R, static_cast<size_t>(p_.R) * sizeof(int32_t));
@@ -90,62 +83,95 @@ class BackwardWorker {
     memset(grad_queries_, 0, static_cast<size_t>(tile_.rows * plan_.d_padded) * sizeof(float));
   }
 
-  void differentiate_block(const Head& head, int64_t from, int64_t to) {
+  void differentiate_block(const Head& head, const Sums& sums, int64_t from, int64_t to) {
     panels_.require(from, to);
     if (factors_) rule_.write_dropout(head, tile_, from, to, factors_, stride_);
-    for (int64_t panel = from; panel < to; ++panel) {
-      pieces_[panel - from] = panels_.keys(panel);
-      int first = tile_.groups, last = 0;  // ranges of groups rise, so those that meet the panel are neighbours
-      for (int group = 0; group < tile_.groups; ++group)
-        if (panel >= tile_.panel_low[group] && panel < tile_.panel_high[group]) {
-          first = min_of(first, group);
-          last = group + 1;
-        }
-      if (first < last)
-        differentiate_panel(panel, from, first * kGroupRows, min_of(last * kGroupRows, tile_.rows));
-    }
+    for (int group = 0; group < tile_.groups; ++group) met_count_[group] = 0;
+    for (int64_t panel = from; panel < to; ++panel) differentiate_panel(head, sums, panel, from, to);
     for (int group = 0; group < tile_.groups; ++group) {
-      const int64_t low = max_of(tile_.panel_low[group], from), high = min_of(tile_.panel_high[group], to);
-      if (low >= high) continue;
+      if (met_count_[group] == 0) continue;
       const int row = group * kGroupRows;
-      const Pieces pieces{pieces_ + (low - from), high - low, kPanel, plan_.d_padded};
-      multiply_group<false>(group_rows(tile_, group), grad_logits_ + row * logits_stride() + (low - from) * kPanel,
-                            logits_stride(), pieces, plan_.d_padded, grad_queries_ + row * plan_.d_padded,
-                            plan_.d_padded, true);
+      for (int m = 0; m < met_count_[group]; ++m)
+        pieces_[m] = Piece{panels_.keys(met_[group * plan_.block_panels + m]), kPanel};
+      multiply_group<false>(group_rows(tile_, group), grad_logits_ + row * logits_stride(), logits_stride(),
+                            Pieces{pieces_, met_count_[group], plan_.d_padded}, plan_.d_padded,
+                            grad_queries_ + row * plan_.d_padded, plan_.d_padded, true);
     }
   }
 
-  // Rows [begin, end) against one panel: probabilities and gradients of logits, then dv and dk of its keys.
-  void differentiate_panel(int64_t panel, int64_t from, int begin, int end) {
-    const int64_t rows = end - begin;
-    const float* keys_t = panels_.keys_t(panel);
-    const float* values_t = panels_.values_t(panel);
-    multiply<false>(rows, queries_ + begin * plan_.d_padded, plan_.d_padded, Pieces{&keys_t, 1, p_.D, kPanel},
-                    kPanel, probabilities_ + begin * kPanel, kPanel, false);
-    multiply<false>(rows, grad_outs_ + begin * plan_.dv_padded, plan_.dv_padded, Pieces{&values_t, 1, p_.Dv, kPanel},
-                    kPanel, grad_probabilities_ + begin * kPanel, kPanel, false);
-    float* grad_logits = grad_logits_ + (panel - from) * kPanel;
-    for (int i = begin; i < end; ++i) grad_logits_row(i, panel, from, grad_logits + i * logits_stride());
-    const float* grad_outs = grad_outs_ + begin * plan_.dv_padded;
-    const float* queries = queries_ + begin * plan_.d_padded;
-    multiply<true>(kPanel, probabilities_ + begin * kPanel, kPanel, Pieces{&grad_outs, 1, rows, plan_.dv_padded},
-                   plan_.dv_padded, panels_.grad_v(panel), plan_.dv_padded, true);
-    multiply<true>(kPanel, grad_logits + begin * logits_stride(), logits_stride(),
-                   Pieces{&queries, 1, rows, plan_.d_padded}, plan_.d_padded, panels_.grad_k(panel), plan_.d_padded,
-                   true);
+  // Asks for part `part` of `parts` of the rows that the next tile will gather.
+  REFORMER_INLINE_MEMBER void prefetch(const Head& head, const Sums& sums, int64_t part, int64_t parts) {
+    panels_.prefetch(part, parts);
+    constexpr int64_t kBytes = sizeof(T);
+    const int64_t next = tile_.first_rank + kTileRows;
+    const int64_t from = next + kTileRows * part / parts, to = next + kTileRows * (part + 1) / parts;
+    for (int64_t rank = from; rank < min_of(to, p_.L); ++rank) {
+      const int64_t position = head.order[tile_.round * p_.L + rank];
+      if (p_.k.data)  // shared query-keys are asked for as keys
+        prefetch_row(row_of<const T>(p_.q, head.b, head.h, position), p_.D * kBytes);
+      prefetch_row(row_of<const T>(g_.grad_out, head.b, head.h, position), p_.Dv * kBytes);
+      prefetch_row(sums.grad_q + position * sums.grad_q_stride, p_.D * static_cast<int64_t>(sizeof(float)));
+      __builtin_prefetch(p_.lse + head.index * p_.L + position);
+      __builtin_prefetch(sums.delta + position);
+    }
   }
 
-  // Row i: logits to (dropped) probabilities in place, and the gradients of the logits.
-  void grad_logits_row(int i, int64_t panel, int64_t from, float* grad_logits) {
+  // One panel: for the groups of rows that meet it, probabilities and gradients of logits, packed one group
+  // after the other; then dv and dk of its keys.
+  void differentiate_panel(const Head& head, const Sums& sums, int64_t panel, int64_t from, int64_t to) {
     const Panel& keys = panels_.panel(panel);
-    float* probabilities = probabilities_ + i * kPanel;
-    const float* grad_probabilities = grad_probabilities_ + i * kPanel;
+    const Piece keys_t{panels_.keys_t(panel), p_.D}, values_t{panels_.values_t(panel), p_.Dv};
+    const int32_t* codes = row_codes_ ? panels_.codes(panel) : nullptr;
+    int64_t packed = 0;  // rows so far
+    int runs = 0;        // of neighbouring groups
+    for (int group = 0; group < tile_.groups; ++group) {
+      if (to == tile_.last_panel)
+        prefetch(head, sums, (panel - from) * tile_.groups + group, (to - from) * tile_.groups);
+      if (!rule_.may_meet(tile_, group, panel, keys)) continue;
+      const int row = group * kGroupRows, rows = group_rows(tile_, group), met = met_count_[group]++;
+      met_[group * plan_.block_panels + met] = panel;
+      const float* queries = queries_ + row * plan_.d_padded;
+      const float* grad_outs = grad_outs_ + row * plan_.dv_padded;
+      float* probabilities = probabilities_ + packed * kPanel;
+      float* grad_probabilities = grad_probabilities_ + packed * kPanel;
+      multiply_group<false>(rows, queries, plan_.d_padded, Pieces{&keys_t, 1, kPanel}, kPanel, probabilities, kPanel,
+                            false);
+      multiply_group<false>(rows, grad_outs, plan_.dv_padded, Pieces{&values_t, 1, kPanel}, kPanel,
+                            grad_probabilities, kPanel, false);
+      float* grad_logits = grad_logits_ + row * logits_stride() + met * kPanel;
+      rule_.with_compare([&](auto compare) {
+        for (int i = 0; i < rows; ++i)
+          grad_logits_row<decltype(compare)::value>(row + i, panel, from, keys, codes, probabilities + i * kPanel,
+                                                    grad_probabilities + i * kPanel,
+                                                    grad_logits + i * logits_stride());
+      });
+      packed += rows;
+      if (runs > 0 && runs_[runs - 1].row + runs_[runs - 1].rows == row) runs_[runs - 1].rows += rows;
+      else runs_[runs++] = Run{row, rows};
+    }
+    if (packed == 0) return;
+    for (int run = 0; run < runs; ++run)
+      pieces_[run] = Piece{grad_outs_ + runs_[run].row * plan_.dv_padded, runs_[run].rows};
+    multiply<true>(kPanel, probabilities_, kPanel, Pieces{pieces_, runs, plan_.dv_padded}, plan_.dv_padded,
+                   panels_.grad_v(panel), plan_.dv_padded, true);
+    for (int run = 0; run < runs; ++run)
+      pieces_[run] = Piece{queries_ + runs_[run].row * plan_.d_padded, runs_[run].rows};
+    multiply<true>(kPanel, grad_probabilities_, kPanel, Pieces{pieces_, runs, plan_.d_padded}, plan_.d_padded,
+                   panels_.grad_k(panel), plan_.d_padded, true);
+  }
+
+  // Row i, in place: logits to (dropped) probabilities, and gradients of probabilities to those of logits,
+  // which go to `grad_logits` too.
+  template <PairRule::Compare kCompare>
+  void grad_logits_row(int i, int64_t panel, int64_t from, const Panel& keys, const int32_t* codes,
+                       float* probabilities, float* grad_probabilities, float* grad_logits) {
+#pragma GCC unroll 2
     for (int half = 0; half < kPanel; half += kLanes) {
-      const vint visible = rule_.visible(tile_, i, panel, keys, half);
+      const vint visible = rule_.template visible<kCompare>(tile_, i, panel, keys, half);
       vfloat s = load(probabilities + half);
       if (!keys.plain) s += load(keys.bias + half);
-      vfloat p = exp_of(s - lse_[i]);
-      if (row_codes_) p *= rule_.inverse_count(row_codes_ + i * p_.R, panels_.codes(panel), half);
+      vfloat p = exp2_of(s - lse_[i]);
+      if (codes) p *= rule_.inverse_count(row_codes_ + i * p_.R, codes, half);
       p = select(visible, p, vfloat{});
       vfloat grad = load(grad_probabilities + half);
       vfloat dropped = p;
@@ -155,21 +181,24 @@ class BackwardWorker {
         grad *= factor;
       }
       store(probabilities + half, dropped);
-      store(grad_logits + half, select(visible, p * (grad - delta_[i]), vfloat{}));
+      grad = select(visible, p * (grad - delta_[i]), vfloat{});
+      store(grad_probabilities + half, grad);
+      store(grad_logits + half, grad);
     }
   }
 
+  // The keys, and so these gradients, are in logit units, 1 / ln 2 times the size.
   void store_grad_queries(const Sums& sums) {
     for (int i = 0; i < tile_.rows; ++i) {
       const float* src = grad_queries_ + i * plan_.d_padded;
       float* dst = sums.grad_q + tile_.position[i] * sums.grad_q_stride;
       int64_t k = 0;
       if (tile_.round == 0) {
-        store_row(src, p_.D, 1.0f, dst);
+        store_row(src, p_.D, kLn2, dst);
         continue;
       }
-      for (; k + kLanes <= p_.D; k += kLanes) store(dst + k, load(dst + k) + load(src + k));
-      for (; k < p_.D; ++k) dst[k] += src[k];
+      for (; k + kLanes <= p_.D; k += kLanes) store(dst + k, load(dst + k) + load(src + k) * kLn2);
+      for (; k < p_.D; ++k) dst[k] += src[k] * kLn2;
     }
   }
 
@@ -185,7 +214,13 @@ class BackwardWorker {
   int64_t stride_ = 0;
   float *queries_ = nullptr, *grad_outs_ = nullptr, *grad_queries_ = nullptr;
   float *probabilities_ = nullptr, *grad_probabilities_ = nullptr, *grad_logits_ = nullptr, *factors_ = nullptr;
-  const float** pieces_ = nullptr;
+  int64_t* met_ = nullptr;  // (kTileGroups, block_panels): panels of the block that a group meets
+  int met_count_[kTileGroups];
+  struct Run {
+    int row, rows;
+  };
+  Run runs_[kTileGroups];
+  Piece* pieces_ = nullptr;
   int32_t* row_codes_ = nullptr;
   float lse_[kTileRows], delta_[kTileRows];
 };
@@ -195,12 +230,12 @@ struct Workspace {
   const AttentionParams& p;
   const AttentionGradients& g;
   float *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr, *delta = nullptr;  // (heads, L, ...)
-  int32_t* codes = nullptr;
+  HeadTables tables;
   char* workers = nullptr;
   size_t worker_bytes = 0;
 
   Workspace(const AttentionParams& params, const AttentionGradients& gradients, const Plan& plan, Arena* arena)
-      : p(params), g(gradients) {
+      : p(params), g(gradients), tables(p, plan, arena) {
     const int64_t rows = plan.heads * p.L;
     if (!kIsFloat<T>) {
       grad_q = arena->take<float>(rows * p.D);
@@ -208,18 +243,13 @@ struct Workspace {
     }
     if (!kIsFloat<T> || !p.k.data) grad_k = arena->take<float>(rows * p.D);
     delta = arena->take<float>(rows);
-    if (p.rule.correct_duplicates) codes = arena->take<int32_t>(rows * p.R);
     Arena one;
     BackwardWorker<T>(p, g, plan, &one);
     worker_bytes = one.used;
     workers = arena->take<char>(static_cast<int64_t>(worker_bytes) * p.threads);
   }
 
-  Head head_at(int64_t first, int64_t slot) const {
-    Head head = make_head(p, first + slot);
-    head.codes = codes ? codes + slot * p.L * p.R : nullptr;
-    return head;
-  }
+  Head head_at(int64_t first, int64_t slot) const { return tables.head(p, first, slot); }
   Sums sums_at(const Head& head, int64_t slot) const {
     Sums sums;
     sums.grad_q = pick(grad_q, g.grad_q, head, slot, p.D, &sums.grad_q_stride);
@@ -236,7 +266,7 @@ struct Workspace {
   }
 };
 
-// delta_i, and zeros for the sums that tiles add to.
+// delta_i, the norm, and zeros for the sums that tiles add to.
 template <typename T>
 void prepare_row(const AttentionParams& p, const AttentionGradients& g, const Head& head, const Sums& sums,
                  int64_t i) {
@@ -249,6 +279,7 @@ void prepare_row(const AttentionParams& p, const AttentionGradients& g, const He
   for (; k < p.Dv; ++k) delta += to_float(out[k]) * to_float(grad_out[k]);
   if (g.grad_lse) delta -= g.grad_lse[head.index * p.L + i];
   sums.delta[i] = delta;
+  if (head.inverse_norms) head.inverse_norms[i] = inverse_norm<T>(p, head, i);
   memset(sums.grad_k + i * sums.grad_k_stride, 0, static_cast<size_t>(p.D) * sizeof(float));
   memset(sums.grad_v + i * sums.grad_v_stride, 0, static_cast<size_t>(p.Dv) * sizeof(float));
 }
@@ -273,16 +304,16 @@ void finish_row(const AttentionParams& p, const AttentionGradients& g, const Pla
   if (p.k.data) {
     store_row(grad_k, p.D, p.scale, row_of<T>(g.grad_k, head.b, head.h, i));
   } else if (!padding) {
-    load_row(row_of<const T>(p.q, head.b, head.h, i), p.D, plan.d_padded, key);
-    load_row(grad_k, p.D, plan.d_padded, grad);
-    const float inverse = inverse_norm(key, p.D, plan.d_padded, p.rule.key_norm);
+    const float inverse = head.inverse_norms ? head.inverse_norms[i] : 1.0f;
+    load_row(row_of<const T>(p.q, head.b, head.h, i), p.D, plan.d_padded, key, inverse);
+    load_row(grad_k, p.D, plan.d_padded, grad, p.scale * inverse);
     vfloat lanes{};
-    for (int64_t k = 0; k < plan.d_padded; k += kLanes) lanes += (load(key + k) * inverse) * load(grad + k);
+    for (int64_t k = 0; k < plan.d_padded; k += kLanes) lanes += load(key + k) * load(grad + k);
     // d(q / |q|): the part of the gradient along the key drops out, unless the norm is a constant there.
     const bool constant = p.rule.key_norm == KeyNorm::kNone ||
                           (p.rule.key_norm == KeyNorm::kL2 && inverse >= 1e12f);
-    const float along = constant ? 0.0f : sum_of_lanes(lanes) * inverse;
-    for (int64_t k = 0; k < p.D; ++k) grad_q[k] += p.scale * inverse * (grad[k] - along * key[k]);
+    const float along = constant ? 0.0f : sum_of_lanes(lanes);
+    for (int64_t k = 0; k < p.D; ++k) grad_q[k] += grad[k] - along * key[k];
   }
   if constexpr (!kIsFloat<T>) {
     store_row(grad_q, p.D, 1.0f, row_of<T>(g.grad_q, head.b, head.h, i));
@@ -301,11 +332,7 @@ void backward(const AttentionParams& p, const AttentionGradients& g) {
   const bool crossings = p.rule.ring && !plan.inside_bucket;
 #pragma omp parallel num_threads(p.threads)
   {
-    int thread = 0;
-#ifdef _OPENMP
-    thread = omp_get_thread_num();
-#endif
-    Arena own{workspace.workers + static_cast<size_t>(thread) * workspace.worker_bytes, 0};
+    Arena own{workspace.workers + static_cast<size_t>(thread_index()) * workspace.worker_bytes, 0};
     BackwardWorker<T> worker(p, g, plan, &own);
     alignas(64) float key[256 + kLanes], grad[256 + kLanes];
     for (int64_t first = 0; first < p.B * p.H; first += plan.heads) {
@@ -317,7 +344,7 @@ void backward(const AttentionParams& p, const AttentionGradients& g) {
         const Sums sums = workspace.sums_at(head, slot);
         for (int64_t i = begin; i < min_of(begin + kRowsPerTask, p.L); ++i) prepare_row<T>(p, g, head, sums, i);
       }
-      if (workspace.codes) {
+      if (workspace.tables.codes) {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < heads * p.R; ++task)
           write_codes(p, plan, workspace.head_at(first, task / p.R), task % p.R);

@@ -5,39 +5,31 @@
 // which holds sums over the rounds done so far; the last round divides. Rounds follow one another, so a row
 // is added to in the order of the rounds whatever the number of threads.
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "key_panels.h"
+#include "threads.h"
 
 namespace reformer {
 namespace REFORMER_ISA {
 namespace {
 
-// Sums over the rounds done so far of one group of heads. Arrays are indexed [head in group][position].
+// One head's sums over the rounds done so far, by position.
 struct Running {
   float* maximum = nullptr;
   float* sum = nullptr;
   float* out = nullptr;  // unnormalised outputs, where the output's own dtype cannot hold them
-  int32_t* codes = nullptr;
 };
-
-template <typename T>
-constexpr bool kIsFloat = false;
-template <>
-constexpr bool kIsFloat<float> = true;
 
 template <typename T>
 class ForwardWorker {
  public:
   ForwardWorker(const AttentionParams& p, const Plan& plan, Arena* arena)
       : p_(p), plan_(plan), rule_(p, plan), panels_(p, plan, arena) {
-    logits_stride_ = plan.block_panels * kPanel + 2 * kLanes;
+    logits_stride_ = plan.block_panels * kPanel + kLanes;  // room for sum_from_first_key's last vector
     queries_ = arena->take<float>(kTileRows * plan.d_padded);
     logits_ = arena->take<float>(kTileRows * logits_stride_);
     out_ = arena->take<float>(kTileRows * plan.dv_padded);
-    pieces_ = arena->take<const float*>(plan.block_panels);
+    met_ = arena->take<int64_t>(kTileGroups * plan.block_panels);
+    pieces_ = arena->take<Piece>(plan.block_panels);
     if (dropout()) factors_ = arena->take<float>(kTileRows * plan.block_panels * kPanel);
     if (p.rule.correct_duplicates) row_codes_ = arena->take<int32_t>(kTileRows * p.R);
   }
@@ -49,7 +41,7 @@ class ForwardWorker {
       make_tile(p_, plan_, head, round, t, &tile_);
       load_queries(head);
       for (int64_t from = tile_.first_panel; from < tile_.last_panel; from += plan_.block_panels)
-        attend_block(head, from, min_of(from + plan_.block_panels, tile_.last_panel));
+        attend_block(head, running, from, min_of(from + plan_.block_panels, tile_.last_panel));
       if (tile_.first_panel == tile_.last_panel) clear_rows();
       merge(head, running);
     }
@@ -77,88 +69,111 @@ class ForwardWorker {
   }
 
   // Folds the keys of panels [from, to) into maximum_, sum_ and out_.
-  void attend_block(const Head& head, int64_t from, int64_t to) {
+  void attend_block(const Head& head, const Running& running, int64_t from, int64_t to) {
     const bool first = from == tile_.first_panel;
     if (first) clear_rows();
     panels_.require(from, to);
     if (factors_) rule_.write_dropout(head, tile_, from, to, factors_, plan_.block_panels * kPanel);
-    float* logits = logits_ + kLanes;  // a margin of one vector on either side: see probabilities()
+    for (int group = 0; group < tile_.groups; ++group) met_count_[group] = 0;
     for (int64_t panel = from; panel < to; ++panel) {
-      const float* keys = panels_.keys_t(panel);
-      const Pieces pieces{&keys, 1, p_.D, kPanel};
+      const Piece keys{panels_.keys_t(panel), p_.D};
       for (int group = 0; group < tile_.groups; ++group) {
-        if (panel < tile_.panel_low[group] || panel >= tile_.panel_high[group]) continue;
-        const int row = group * kGroupRows;
-        multiply_group<false>(group_rows(tile_, group), queries_ + row * plan_.d_padded, plan_.d_padded, pieces,
-                              kPanel, logits + row * logits_stride_ + (panel - from) * kPanel, logits_stride_, false);
+        if (to == tile_.last_panel)
+          prefetch(head, running, (panel - from) * tile_.groups + group, (to - from) * tile_.groups);
+        if (!rule_.may_meet(tile_, group, panel, panels_.panel(panel))) continue;
+        const int row = group * kGroupRows, met = met_count_[group]++;
+        met_[group * plan_.block_panels + met] = panel;
+        multiply_group<false>(group_rows(tile_, group), queries_ + row * plan_.d_padded, plan_.d_padded,
+                              Pieces{&keys, 1, kPanel}, kPanel, logits_ + row * logits_stride_ + met * kPanel,
+                              logits_stride_, false);
       }
-      pieces_[panel - from] = panels_.values(panel);
     }
     for (int group = 0; group < tile_.groups; ++group) {
-      const int64_t low = max_of(tile_.panel_low[group], from), high = min_of(tile_.panel_high[group], to);
-      if (low >= high) continue;
+      if (met_count_[group] == 0) continue;
       const int row = group * kGroupRows, rows = group_rows(tile_, group);
-      for (int i = row; i < row + rows; ++i) probabilities(i, from, low, high, first);
-      const Pieces pieces{pieces_ + (low - from), high - low, kPanel, plan_.dv_padded};
-      multiply_group<false>(rows, logits + row * logits_stride_ + (low - from) * kPanel, logits_stride_, pieces,
-                            plan_.dv_padded, out_ + row * plan_.dv_padded, plan_.dv_padded, !first);
+      rule_.with_compare([&](auto compare) { probabilities<decltype(compare)::value>(group, from, first); });
+      for (int m = 0; m < met_count_[group]; ++m)
+        pieces_[m] = Piece{panels_.values(met_[group * plan_.block_panels + m]), kPanel};
+      multiply_group<false>(rows, logits_ + row * logits_stride_, logits_stride_,
+                            Pieces{pieces_, met_count_[group], plan_.dv_padded}, plan_.dv_padded,
+                            out_ + row * plan_.dv_padded, plan_.dv_padded, !first);
     }
   }
 
-  // Turns row i's logits of panels [low, high), held from panel `from` on, into probabilities relative to the
-  // row's maximum, and updates its maximum and sum.
-  void probabilities(int i, int64_t from, int64_t low, int64_t high, bool first) {
-    float* row = logits_ + kLanes + i * logits_stride_ + (low - from) * kPanel;
-    const int64_t count = (high - low) * kPanel;
-    vfloat largest = splat(-kInfinity);
-    for (int64_t panel = low; panel < high; ++panel) {
-      const Panel& keys = panels_.panel(panel);
-      float* logit = row + (panel - low) * kPanel;
-      for (int half = 0; half < kPanel; half += kLanes) {
-        vfloat s = load(logit + half);
-        if (!keys.plain) s += load(keys.bias + half);
-        s = select(rule_.visible(tile_, i, panel, keys, half), s, splat(-kInfinity));
-        store(logit + half, s);
-        largest = vmax(s, largest);
+  // Asks for part `part` of `parts` of the rows that the next tile will gather.
+  REFORMER_INLINE_MEMBER void prefetch(const Head& head, const Running& running, int64_t part, int64_t parts) {
+    panels_.prefetch(part, parts);
+    const int64_t next = tile_.first_rank + kTileRows;
+    const int64_t from = next + kTileRows * part / parts, to = next + kTileRows * (part + 1) / parts;
+    for (int64_t rank = from; rank < min_of(to, p_.L); ++rank) {
+      const int64_t position = head.order[tile_.round * p_.L + rank];
+      if (p_.k.data)  // shared query-keys are asked for as keys
+        prefetch_row(row_of<const T>(p_.q, head.b, head.h, position), p_.D * static_cast<int64_t>(sizeof(T)));
+      if (tile_.round == 0) continue;
+      prefetch_row(running_out(head, running, position), p_.Dv * static_cast<int64_t>(sizeof(float)));
+      __builtin_prefetch(running.maximum + position);
+      __builtin_prefetch(running.sum + position);
+    }
+  }
+
+  // Turns a group's logits of the panels it meets into probabilities relative to each row's maximum, and
+  // updates maxima and sums.
+  template <PairRule::Compare kCompare>
+  void probabilities(int group, int64_t from, bool first) {
+    const int64_t* met = met_ + group * plan_.block_panels;
+    const int count = met_count_[group], begin = group * kGroupRows, end = begin + group_rows(tile_, group);
+    for (int i = begin; i < end; ++i) {
+      float* row = logits_ + i * logits_stride_;
+      vfloat largest = splat(-kInfinity);
+      for (int m = 0; m < count; ++m) {
+        const Panel& keys = panels_.panel(met[m]);
+        float* logit = row + m * kPanel;
+#pragma GCC unroll 2
+        for (int half = 0; half < kPanel; half += kLanes) {
+          vfloat s = load(logit + half);
+          if (!keys.plain) s += load(keys.bias + half);
+          s = select(rule_.template visible<kCompare>(tile_, i, met[m], keys, half), s, splat(-kInfinity));
+          store(logit + half, s);
+          largest = vmax(s, largest);
+        }
       }
+      const float old = maximum_[i], maximum = max_of(old, max_of_lanes(largest));
+      const float shift = maximum == -kInfinity ? 0.0f : maximum;
+      vfloat sums{};
+      for (int64_t k = 0; k < count * kPanel; k += kLanes) {
+        vfloat p = exp2_of(load(row + k) - shift);
+        if (row_codes_)
+          p *= rule_.inverse_count(row_codes_ + i * p_.R, panels_.codes(met[k / kPanel]), static_cast<int>(k % kPanel));
+        store(row + k, p);
+        sums += p;
+      }
+      const float sum = p_.rule.bucket_window ? sum_from_first_key(i, met[0], count, row) : sum_of_lanes(sums);
+      if (factors_)
+        for (int m = 0; m < count; ++m) {
+          const float* factors = factors_ + (i * plan_.block_panels + met[m] - from) * kPanel;
+          for (int k = 0; k < kPanel; k += kLanes)
+            store(row + m * kPanel + k, load(row + m * kPanel + k) * load(factors + k));
+        }
+      if (first) {
+        sum_[i] = sum;
+      } else {
+        const float rescale = old == -kInfinity ? 0.0f : exp2_of(old - shift);
+        sum_[i] = sum_[i] * rescale + sum;
+        float* out = out_ + i * plan_.dv_padded;
+        for (int64_t k = 0; k < plan_.dv_padded; k += kLanes) store(out + k, load(out + k) * rescale);
+      }
+      maximum_[i] = maximum;
     }
-    const float old = maximum_[i], maximum = max_of(old, max_of_lanes(largest));
-    const float shift = maximum == -kInfinity ? 0.0f : maximum;
-    for (int64_t k = 0; k < count; k += kLanes) {
-      vfloat p = exp_of(load(row + k) - shift);
-      if (row_codes_)
-        p *= rule_.inverse_count(row_codes_ + i * p_.R, panels_.codes(low + k / kPanel), static_cast<int>(k % kPanel));
-      store(row + k, p);
-    }
-    const float sum = sum_row(i, low, high, row);
-    if (factors_) {
-      const float* factors = factors_ + i * plan_.block_panels * kPanel + (low - from) * kPanel;
-      for (int64_t k = 0; k < count; k += kLanes) store(row + k, load(row + k) * load(factors + k));
-    }
-    if (first) {
-      sum_[i] = sum;
-    } else {
-      const float rescale = old == -kInfinity ? 0.0f : exp_of(old - shift);
-      sum_[i] = sum_[i] * rescale + sum;
-      float* out = out_ + i * plan_.dv_padded;
-      for (int64_t k = 0; k < plan_.dv_padded; k += kLanes) store(out + k, load(out + k) * rescale);
-    }
-    maximum_[i] = maximum;
   }
 
-  // The sum of a row of probabilities over panels [low, high). In a bucket window the lanes are counted from
-  // the row's first key, so that the order of addition is the same wherever in a tile the row lies: appended
-  // tokens, which move whole buckets, then change no bit of earlier rows.
-  float sum_row(int i, int64_t low, int64_t high, float* row) const {
-    const int64_t count = (high - low) * kPanel;
-    vfloat sum{};
-    if (!p_.rule.bucket_window) {
-      for (int64_t k = 0; k < count; k += kLanes) sum += load(row + k);
-      return sum_of_lanes(sum);
-    }
-    store(row + count, vfloat{});
+  // The sum of row i's probabilities over `count` panels from panel `low` on, with lanes counted from the row's
+  // first key. In a bucket window the order of addition is then the same wherever in a tile the row lies:
+  // appended tokens, which move whole buckets, change no bit of earlier rows.
+  float sum_from_first_key(int i, int64_t low, int64_t count, float* row) const {
+    store(row + count * kPanel, vfloat{});
     const int64_t begin = max_of<int64_t>(tile_.low[i] - low * kPanel, 0);
-    const int64_t end = min_of<int64_t>(tile_.high[i] - low * kPanel, count);
+    const int64_t end = min_of<int64_t>(tile_.high[i] - low * kPanel, count * kPanel);
+    vfloat sum{};
     for (int64_t k = begin; k < end; k += kLanes) sum += load(row + k);
     return sum_of_lanes(sum);
   }
@@ -176,7 +191,7 @@ class ForwardWorker {
         const float old_sum = running.sum[position];
         if (old_sum != 0.0f) {  // NaN counts as something: a row that met NaN must not pass for an empty one
           const float top = max_of(old, maximum);
-          const float keep = exp_of(old - top), add = sum == 0.0f ? 0.0f : exp_of(maximum - top);
+          const float keep = exp2_of(old - top), add = sum == 0.0f ? 0.0f : exp2_of(maximum - top);
           sum = old_sum * keep + sum * add;
           int64_t k = 0;
           for (; k + kLanes <= p_.Dv; k += kLanes) store(out + k, load(old_out + k) * keep + load(out + k) * add);
@@ -195,7 +210,7 @@ class ForwardWorker {
   }
 
   void finish(const Head& head, int64_t position, float maximum, float sum, float* out) {
-    float lse = maximum + __builtin_logf(sum), scale = 1.0f / sum;
+    float lse = maximum * kLn2 + __builtin_logf(sum), scale = 1.0f / sum;
     if (sum == 0.0f) {  // nothing to attend to
       const bool itself = p_.rule.exclude_self && !is_padding(head, position);
       if (itself) load_row(row_of<const T>(p_.v, head.b, head.h, position), p_.Dv, plan_.dv_padded, out);
@@ -222,44 +237,42 @@ class ForwardWorker {
   Tile tile_;
   int64_t logits_stride_ = 0;
   float *queries_ = nullptr, *logits_ = nullptr, *out_ = nullptr, *factors_ = nullptr;
-  const float** pieces_ = nullptr;
+  int64_t* met_ = nullptr;  // (kTileGroups, block_panels): panels of the block that a group meets,
+  int met_count_[kTileGroups];
+  Piece* pieces_ = nullptr;  // and their values
   int32_t* row_codes_ = nullptr;
   float maximum_[kTileRows], sum_[kTileRows];
 };
 
-Running running_of(const AttentionParams& p, const Running& all, int64_t slot) {
-  Running one;
-  one.maximum = all.maximum ? all.maximum + slot * p.L : nullptr;
-  one.sum = all.sum ? all.sum + slot * p.L : nullptr;
-  one.out = all.out ? all.out + slot * p.L * p.Dv : nullptr;
-  one.codes = all.codes ? all.codes + slot * p.L * p.R : nullptr;
-  return one;
-}
-
 template <typename T>
 struct Workspace {
-  Running running;
-  uint8_t* seen = nullptr;  // (heads, L)
-  Arena workers;
+  const AttentionParams& p;
+  HeadTables tables;
+  float *maximum = nullptr, *sum = nullptr, *out = nullptr;  // (heads, L, ...): see Running
+  uint8_t* seen = nullptr;                                   // (heads, R, L)
+  char* workers = nullptr;
+  size_t worker_bytes = 0;
 
-  Workspace(const AttentionParams& p, const Plan& plan, Arena* arena) {
+  Workspace(const AttentionParams& params, const Plan& plan, Arena* arena) : p(params), tables(p, plan, arena) {
     if (p.R > 1) {
-      running.maximum = arena->take<float>(plan.heads * p.L);
-      running.sum = arena->take<float>(plan.heads * p.L);
-      if (!kIsFloat<T>) running.out = arena->take<float>(plan.heads * p.L * p.Dv);
+      maximum = arena->take<float>(plan.heads * p.L);
+      sum = arena->take<float>(plan.heads * p.L);
+      if (!kIsFloat<T>) out = arena->take<float>(plan.heads * p.L * p.Dv);
     }
-    if (p.rule.correct_duplicates) running.codes = arena->take<int32_t>(plan.heads * p.L * p.R);
-    seen = arena->take<uint8_t>(plan.heads * p.L);
-    workers = *arena;
+    seen = arena->take<uint8_t>(plan.heads * p.R * p.L);
     Arena one;
     ForwardWorker<T>(p, plan, &one);
     worker_bytes = one.used;
-    arena->take<char>(static_cast<int64_t>(worker_bytes) * p.threads);
+    workers = arena->take<char>(static_cast<int64_t>(worker_bytes) * p.threads);
   }
-  Arena worker_arena(int thread) const {
-    return Arena{workers.base + workers.used + static_cast<size_t>(thread) * worker_bytes, 0};
+
+  Running running(int64_t slot) const {
+    Running one;
+    if (maximum) one.maximum = maximum + slot * p.L;
+    if (sum) one.sum = sum + slot * p.L;
+    if (out) one.out = out + slot * p.L * p.Dv;
+    return one;
   }
-  size_t worker_bytes = 0;
 };
 
 template <typename T>
@@ -270,30 +283,27 @@ Status forward(const AttentionParams& p) {
   Status status = Status::kOk;
 #pragma omp parallel num_threads(p.threads)
   {
-    int thread = 0;
-#ifdef _OPENMP
-    thread = omp_get_thread_num();
-#endif
-    Arena own = workspace.worker_arena(thread);
+    Arena own{workspace.workers + static_cast<size_t>(thread_index()) * workspace.worker_bytes, 0};
     ForwardWorker<T> worker(p, plan, &own);
     for (int64_t first = 0; first < p.B * p.H; first += plan.heads) {
       const int64_t heads = min_of(plan.heads, p.B * p.H - first);
-      const auto head_at = [&](int64_t slot) {
-        Head head = make_head(p, first + slot);
-        head.codes = running_of(p, workspace.running, slot).codes;
-        return head;
-      };
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t task = 0; task < heads * plan.segments; ++task) {
+        const Head head = workspace.tables.head(p, first, task / plan.segments);
+        const int64_t begin = task % plan.segments * plan.segment_tiles * kTileRows;
+        if (!head.inverse_norms) continue;
+        for (int64_t i = begin; i < min_of(begin + plan.segment_tiles * kTileRows, p.L); ++i)
+          head.inverse_norms[i] = inverse_norm<T>(p, head, i);
+      }
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t slot = 0; slot < heads; ++slot) {
-        const Head head = head_at(slot);
-        for (int64_t round = 0; round < p.R; ++round) {
-          const Status found = check_layout(p, head, round, workspace.seen + slot * p.L);
-          if (found != Status::kOk) {
+      for (int64_t task = 0; task < heads * p.R; ++task) {
+        const Head head = workspace.tables.head(p, first, task / p.R);
+        const Status found = check_layout(p, head, task % p.R, workspace.seen + task * p.L);
+        if (found != Status::kOk) {
 #pragma omp atomic write
-            status = found;
-          } else if (head.codes) {
-            write_codes(p, plan, head, round);
-          }
+          status = found;
+        } else if (head.codes) {
+          write_codes(p, plan, head, task % p.R);
         }
       }
       // The barrier at the end of the loop above makes `status` one value for all threads.
@@ -302,7 +312,8 @@ Status forward(const AttentionParams& p) {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < heads * plan.segments; ++task) {
           const int64_t slot = task / plan.segments;
-          worker.run_segment(head_at(slot), running_of(p, workspace.running, slot), round, task % plan.segments);
+          worker.run_segment(workspace.tables.head(p, first, slot), workspace.running(slot), round,
+                             task % plan.segments);
         }
       }
     }

@@ -15,6 +15,8 @@ constexpr int kTileRows = 64;          // queries in a tile
 constexpr int kPanel = 2 * kLanes;     // keys in a panel
 constexpr int kTileGroups = (kTileRows + kGroupRows - 1) / kGroupRows;
 constexpr float kInfinity = __builtin_inff();
+// Logits are held in units of ln 2, so that a probability is one power of two.
+constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 constexpr float kSelfOnlyLse = -1e5f;  // log-sum-exp of a query that could attend to nothing but itself
 
 REFORMER_INLINE int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0 ? 1 : 0); }
@@ -28,7 +30,7 @@ struct Plan {
   int64_t segment_tiles = 0;  // tiles that one task walks, carrying packed keys from tile to tile
   int64_t segments = 0;
   int64_t block_panels = 0;   // panels whose logits are held at once
-  int64_t cached_panels = 0;  // panels kept packed
+  int64_t cached_panels = 0;  // panels kept packed, a power of two
   int64_t heads = 0;          // (batch, head) pairs worked on together
   int64_t d_padded = 0, dv_padded = 0;
   bool inside_bucket = false;  // every range lies in one bucket, where rank order is position order
@@ -62,7 +64,8 @@ static inline Plan make_plan(const AttentionParams& p) {
   // In a bucket window all logits of a row are held at once (up to a size): its sum then does not depend
   // on where in the tile the row lies, so appending tokens changes no bit of earlier outputs.
   plan.block_panels = min_of<int64_t>(needed, rule.bucket_window ? 4096 / kPanel : 512 / kPanel);
-  plan.cached_panels = max_of(plan.block_panels, min_of<int64_t>(needed, 1024 / kPanel));
+  plan.cached_panels = 1;
+  while (plan.cached_panels < max_of(plan.block_panels, min_of<int64_t>(needed, 1024 / kPanel))) plan.cached_panels *= 2;
   // Tasks of the backward pass add to rows of keys: with segments at least as long as the reach, the even
   // segments do not touch one another's keys, nor do the odd ones.
   plan.segment_tiles = max_of<int64_t>(8, ceil_div(below + above + 2 * kPanel, kTileRows));
@@ -91,19 +94,35 @@ struct Head {
   const int32_t* order = nullptr;   // (R, L)
   const int32_t* starts = nullptr;  // (R, starts_size)
   const float* key_bias = nullptr;  // (L)
-  int32_t* codes = nullptr;         // (L, R)
+  int32_t* codes = nullptr;         // (L, R), where duplicates are corrected
+  float* inverse_norms = nullptr;   // (L), of query-keys that are normalised
 };
 
-static inline Head make_head(const AttentionParams& p, int64_t index) {
-  Head head;
-  head.index = index;
-  head.b = index / p.H;
-  head.h = index % p.H;
-  head.order = p.order + index * p.R * p.L;
-  head.starts = p.starts + index * p.R * p.starts_size;
-  head.key_bias = p.key_bias ? p.key_bias + head.b * p.L : nullptr;
-  return head;
-}
+// What is worked out once a head, before its tiles: codes and norms of a group of heads.
+struct HeadTables {
+  int32_t* codes = nullptr;
+  float* inverse_norms = nullptr;
+
+  HeadTables(const AttentionParams& p, const Plan& plan, Arena* arena) {
+    if (p.rule.correct_duplicates) codes = arena->take<int32_t>(plan.heads * p.L * p.R);
+    if (!p.k.data && p.rule.key_norm != KeyNorm::kNone) inverse_norms = arena->take<float>(plan.heads * p.L);
+  }
+
+  // Head `first + slot`, the slot-th of the group.
+  Head head(const AttentionParams& p, int64_t first, int64_t slot) const {
+    Head head;
+    head.index = first + slot;
+    head.b = head.index / p.H;
+    head.h = head.index % p.H;
+    head.order = p.order + head.index * p.R * p.L;
+    head.starts = p.starts + head.index * p.R * p.starts_size;
+    head.key_bias = p.key_bias ? p.key_bias + head.b * p.L : nullptr;
+    head.codes = codes ? codes + slot * p.L * p.R : nullptr;
+    head.inverse_norms = inverse_norms ? inverse_norms + slot * p.L : nullptr;
+    return head;
+  }
+};
+
 REFORMER_INLINE bool is_padding(const Head& head, int64_t position) {
   return head.key_bias && head.key_bias[position] == -kInfinity;
 }
@@ -159,7 +178,9 @@ struct Tile {
   int rows = 0, groups = 0;
   int32_t position[kTileRows];
   int64_t low[kTileRows], high[kTileRows];                    // ring positions of a row's keys
+  int64_t full_low[kTileRows], full_high[kTileRows];          // panels that lie inside [low, high)
   int64_t panel_low[kTileGroups], panel_high[kTileGroups];    // panels that a group of rows meets
+  int32_t last_position[kTileGroups];                         // of a group's queries
   int64_t first_panel = 0, last_panel = 0;                    // [first, last) over all groups
   bool crosses = false;                                       // keys of another round, over the ring
 };
@@ -204,17 +225,22 @@ static inline void make_tile(const AttentionParams& p, const Plan& plan, const H
     }
     tile->low[i] = low;
     tile->high[i] = high;
+    tile->full_low[i] = floor_div(low + kPanel - 1, kPanel);
+    tile->full_high[i] = floor_div(high, kPanel);
     tile->crosses |= low < ring_start || high > ring_start + length;
   }
   tile->first_panel = INT64_MAX;
   tile->last_panel = INT64_MIN;
   for (int group = 0; group < tile->groups; ++group) {
     int64_t low = INT64_MAX, high = INT64_MIN;
+    int32_t last_position = -1;
     for (int i = group * kGroupRows; i < group * kGroupRows + group_rows(*tile, group); ++i) {
+      last_position = max_of(last_position, tile->position[i]);
       if (tile->high[i] <= tile->low[i]) continue;
       low = min_of(low, tile->low[i]);
       high = max_of(high, tile->high[i]);
     }
+    tile->last_position[group] = last_position;
     const bool empty = low == INT64_MAX;
     tile->panel_low[group] = empty ? 0 : floor_div(low, kPanel);
     tile->panel_high[group] = empty ? 0 : floor_div(high - 1, kPanel) + 1;

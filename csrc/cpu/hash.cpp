@@ -2,24 +2,23 @@
 //
 // A block of kTokens tokens is transposed to a panel [D][kTokens]; kColumns rotation columns at a time are
 // multiplied with it, and each token keeps only its running maximum and minimum: no [L, n_buckets] tensor
-// exists. A dot product is one chain of additions over d = 0, 1, ..., whatever the token's place in the block,
-// the batch or the threads, so a token's bucket depends on nothing but its own row.
+// exists. A dot product is one chain of additions over d = 0, 1, ..., whatever the token's place in the
+// block, the batch or the threads, so a token's bucket depends on nothing but its own row.
 #include "convert.h"
 #include "variants.h"
 
 namespace REFORMER_ISA_NAMESPACE {
 namespace {
 
-// kVectors * kColumns accumulators, kVectors panel vectors and a broadcast fill the 16 (AVX-512: 32) registers.
+// kVectors * kColumns accumulators, kVectors panel vectors and a broadcast fill the 16 (AVX-512: 32)
+// registers.
 constexpr int kVectors = 3;
 constexpr int kColumns = kLanes == 16 ? 8 : 4;
 constexpr int kTokens = kVectors * kLanes;
 
-// The rotations of one (head, round, factor) as groups of kColumns columns: [groups][D][kColumns], zeros after
-// the last column.
-int64_t groups_of(int32_t factor) {
-  return (factor / 2 + kColumns - 1) / kColumns;
-}
+// The rotations of one (head, round, factor) as groups of kColumns columns: [groups][D][kColumns], zeros
+// after the last column.
+int64_t groups_of(int32_t factor) { return (factor / 2 + kColumns - 1) / kColumns; }
 
 struct Plan {
   int64_t groups = 0;  // of one round
@@ -64,8 +63,8 @@ struct Extremes {
 
 // One group of columns, of which the first `columns` count, into the extremes. `not_finite` becomes NaN where
 // a projection is not finite.
-REFORMER_INLINE void add_group(const float* panel, const float* rotation, int64_t D, int32_t first, int64_t columns,
-                               Extremes& best, vfloat* not_finite) {
+REFORMER_INLINE void add_group(const float* panel, const float* rotation, int64_t D, int32_t first,
+                               int64_t columns, Extremes& best, vfloat* not_finite) {
   vfloat dot[kColumns][kVectors] = {};
   for (int64_t d = 0; d < D; ++d) {
     vfloat x[kVectors];
@@ -99,16 +98,13 @@ REFORMER_INLINE void add_group(const float* panel, const float* rotation, int64_
   }
 }
 
-constexpr bool is_float(const void*) {
-  return false;
-}
-constexpr bool is_float(const float*) {
-  return true;
-}
+constexpr bool is_float(const void*) { return false; }
+constexpr bool is_float(const float*) { return true; }
 
 // x rows [first, first + rows) to panel[d][token], zeros after the last row. `staging` holds kLanes rows.
 template <typename T>
-REFORMER_INLINE void fill_panel(const T* x, int64_t row_stride, int64_t rows, int64_t D, float* staging, float* panel) {
+REFORMER_INLINE void fill_panel(const T* x, int64_t row_stride, int64_t rows, int64_t D, float* staging,
+                                float* panel) {
   const int64_t padded = round_up(D, kLanes);
   for (int64_t first = 0; first < kTokens; first += kLanes) {
     if constexpr (is_float(static_cast<T*>(nullptr))) {
@@ -151,7 +147,8 @@ void hash_block(const HashParams& p, const Plan& plan, const float* panel, const
       memcpy(ids + v * kLanes, &id[v], sizeof(vint));
     }
     int32_t* round_out = out + round * p.L;
-    for (int64_t row = 0; row < rows; ++row) round_out[row] = padding && padding[row] ? plan.buckets : ids[row];
+    for (int64_t row = 0; row < rows; ++row)
+      round_out[row] = padding && padding[row] ? plan.buckets : ids[row];
   }
 }
 

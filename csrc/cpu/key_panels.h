@@ -12,26 +12,30 @@
 namespace reformer {
 namespace REFORMER_ISA {
 
-// 1 / norm, so that the key is row * result. Falls back to double where the sum of squares overflows.
-REFORMER_INLINE float inverse_norm(const float* row, int64_t d, int64_t padded, KeyNorm norm) {
-  if (norm == KeyNorm::kNone) return 1.0f;
+// 1 / norm of row `position`, so that the key is row * result. Falls back to double where squares overflow.
+template <typename T>
+static float inverse_norm(const AttentionParams& p, const Head& head, int64_t position) {
   constexpr float kRmsEpsilon = 1e-6f, kL2Smallest = 1e-12f;
-  vfloat sum{};
-  for (int64_t i = 0; i < padded; i += kLanes) sum += load(row + i) * load(row + i);
-  const float squares = sum_of_lanes(sum);
+  const T* row = row_of<const T>(p.q, head.b, head.h, position);
+  vfloat lanes{};
+  int64_t i = 0;
+  for (; i + kLanes <= p.D; i += kLanes) lanes += load_floats(row + i) * load_floats(row + i);
+  float squares = sum_of_lanes(lanes);
+  for (; i < p.D; ++i) squares += to_float(row[i]) * to_float(row[i]);
   if (squares == kInfinity) {
     double wide = 0.0;
-    for (int64_t i = 0; i < d; ++i) wide += static_cast<double>(row[i]) * static_cast<double>(row[i]);
+    for (i = 0; i < p.D; ++i) wide += static_cast<double>(to_float(row[i])) * static_cast<double>(to_float(row[i]));
     return static_cast<float>(1.0 / __builtin_sqrt(wide));
   }
-  if (norm == KeyNorm::kRms) return 1.0f / __builtin_sqrtf(squares + kRmsEpsilon * static_cast<float>(d));
+  if (p.rule.key_norm == KeyNorm::kRms) return 1.0f / __builtin_sqrtf(squares + kRmsEpsilon * static_cast<float>(p.D));
   return 1.0f / max_of(__builtin_sqrtf(squares), kL2Smallest);
 }
 
 struct Panel {
-  bool plain = false;           // every key is there and has no bias
-  int32_t position[kPanel];     // original position of the key, -1 where there is none
-  float bias[kPanel];           // -inf where there is no key or it is padding
+  bool plain = false;          // every key is there and has no bias
+  int32_t first_position = 0;  // the lowest position of a key that may be seen, INT32_MAX if there is none
+  int32_t position[kPanel];    // original position of the key, -1 where there is none
+  float bias[kPanel];          // in logit units; -inf where there is no key or it is padding
 };
 
 template <typename T, bool kBackward>
@@ -79,6 +83,28 @@ class KeyPanels {
     while (begin_ < end_) evict(begin_++);
   }
 
+  // Asks for the rows that the next tile will need: part `part` of `parts` of the keys that follow the packed
+  // ones, and in the backward pass of the gradient rows that will be added to to make room for them.
+  REFORMER_INLINE_MEMBER void prefetch(int64_t part, int64_t parts) const {
+    constexpr int64_t kBytes = sizeof(T);
+    const int64_t from = kTileRows * part / parts, to = kTileRows * (part + 1) / parts;
+    for (int64_t i = from; i < to; ++i) {
+      int64_t g = end_ * kPanel + i;
+      if (wrap_) g = floor_mod(g, plan_.ring_length);
+      if (g >= (wrap_ ? plan_.ring_length : last_) || g < 0) continue;
+      const int64_t position = head_.order[g];
+      prefetch_row(row_of<const T>(p_.k.data ? p_.k : p_.q, head_.b, head_.h, position), p_.D * kBytes);
+      prefetch_row(row_of<const T>(p_.v, head_.b, head_.h, position), p_.Dv * kBytes);
+    }
+    if (!kBackward || end_ - begin_ < plan_.cached_panels) return;
+    for (int64_t i = from; i < to; ++i) {
+      const int64_t position = panels_[slot(begin_ + i / kPanel)].position[i % kPanel];
+      if (position < 0) continue;
+      prefetch_row(grad_k_rows + position * grad_k_stride, p_.D * static_cast<int64_t>(sizeof(float)));
+      prefetch_row(grad_v_rows + position * grad_v_stride, p_.Dv * static_cast<int64_t>(sizeof(float)));
+    }
+  }
+
   const Panel& panel(int64_t p) const { return panels_[slot(p)]; }
   const float* keys_t(int64_t p) const { return keys_t_ + slot(p) * p_.D * kPanel; }           // [D][kPanel]
   const float* values_t(int64_t p) const { return values_t_ + slot(p) * p_.Dv * kPanel; }      // [Dv][kPanel]
@@ -89,20 +115,21 @@ class KeyPanels {
   float* grad_v(int64_t p) { return grad_v_ + slot(p) * kPanel * plan_.dv_padded; }
 
  private:
-  int64_t slot(int64_t panel) const { return floor_mod(panel, plan_.cached_panels); }
+  int64_t slot(int64_t panel) const { return panel & (plan_.cached_panels - 1); }
 
   void pack(int64_t index) {
     Panel& panel = panels_[slot(index)];
     float* keys = keys_ + (kBackward ? slot(index) : 0) * kPanel * plan_.d_padded;
     float* values = values_ + slot(index) * kPanel * plan_.dv_padded;
     panel.plain = true;
+    panel.first_position = INT32_MAX;
     for (int lane = 0; lane < kPanel; ++lane) {
       const int64_t g = index * kPanel + lane;
       const bool there = wrap_ || (g >= first_ && g < last_);
       const int32_t position = there ? head_.order[wrap_ ? floor_mod(g, plan_.ring_length) : g] : -1;
       const float bias = !there ? -kInfinity : head_.key_bias ? head_.key_bias[position] : 0.0f;
       panel.position[lane] = position;
-      panel.bias[lane] = bias;
+      panel.bias[lane] = bias * kLog2E;
       panel.plain &= bias == 0.0f;
       float* key = keys + lane * plan_.d_padded;
       float* value = values + lane * plan_.dv_padded;
@@ -111,10 +138,10 @@ class KeyPanels {
         memset(value, 0, static_cast<size_t>(plan_.dv_padded) * sizeof(float));
         continue;
       }
-      const bool shared = p_.k.data == nullptr;
-      load_row(row_of<const T>(shared ? p_.q : p_.k, head_.b, head_.h, position), p_.D, plan_.d_padded, key);
-      const float norm = shared ? inverse_norm(key, p_.D, plan_.d_padded, p_.rule.key_norm) : 1.0f;
-      for (int64_t i = 0; i < plan_.d_padded; i += kLanes) store(key + i, load(key + i) * (norm * p_.scale));
+      panel.first_position = min_of(panel.first_position, position);
+      const float norm = head_.inverse_norms ? head_.inverse_norms[position] : 1.0f;
+      load_row(row_of<const T>(p_.k.data ? p_.k : p_.q, head_.b, head_.h, position), p_.D, plan_.d_padded,
+               key, norm * p_.scale * kLog2E);
       load_row(row_of<const T>(p_.v, head_.b, head_.h, position), p_.Dv, plan_.dv_padded, value);
     }
     if (p_.rule.correct_duplicates) {
@@ -166,30 +193,56 @@ class KeyPanels {
   int32_t* codes_ = nullptr;
 };
 
+template <auto kValue>
+struct Constant {
+  static constexpr auto value = kValue;
+};
+
 // Which keys of a panel a query may attend to, and in how many rounds it meets them.
 class PairRule {
  public:
   PairRule(const AttentionParams& p, const Plan& plan) : p_(p), plan_(plan), lanes_(iota()) {
-    compares_positions_ = p.rule.exclude_self || p.rule.causal;
-    if (plan.inside_bucket && p.rule.causal) compares_positions_ = false;  // the range says it all
+    // In one bucket a causal range says it all.
+    if (p.rule.causal) compare_ = plan.inside_bucket ? Compare::kNone : Compare::kBefore;
+    else if (p.rule.exclude_self) compare_ = Compare::kOthers;
   }
 
+  // Whether any row of a group may attend to any key of the panel, as far as can be told at once.
+  bool may_meet(const Tile& tile, int group, int64_t index, const Panel& panel) const {
+    if (index < tile.panel_low[group] || index >= tile.panel_high[group]) return false;
+    if (compare_ != Compare::kBefore) return panel.first_position != INT32_MAX;
+    return panel.first_position < tile.last_position[group] + (p_.rule.exclude_self ? 0 : 1);
+  }
+
+  // How positions decide: not at all, keys before a limit, or all keys but the query.
+  enum class Compare { kNone, kBefore, kOthers };
+  Compare compare() const { return compare_; }
+
   // Lanes [half, half + kLanes) of panel `index` that row `i` may attend to.
-  inline __attribute__((always_inline)) vint visible(const Tile& tile, int i, int64_t index, const Panel& panel, int half) const {
-    const int64_t g = index * kPanel + half;
+  template <Compare kCompare>
+  REFORMER_INLINE_MEMBER vint visible(const Tile& tile, int i, int64_t index, const Panel& panel, int half) const {
     vint mask = splat(-1);
-    if (tile.low[i] > g || tile.high[i] < g + kLanes) {
-      const int32_t low = static_cast<int32_t>(max_of<int64_t>(tile.low[i] - g, 0));
-      const int32_t high = static_cast<int32_t>(max_of<int64_t>(min_of<int64_t>(tile.high[i] - g, kLanes), 0));
-      mask = (lanes_ >= min_of(low, kLanes)) & (lanes_ < high);
-    }
-    if (compares_positions_) {
-      const vint positions = load(panel.position + half);
-      if (p_.rule.causal) mask &= positions < splat(tile.position[i] + (p_.rule.exclude_self ? 0 : 1));
-      else mask &= positions != splat(tile.position[i]);
+    if constexpr (kCompare == Compare::kBefore)
+      mask = load(panel.position + half) < splat(tile.position[i] + (p_.rule.exclude_self ? 0 : 1));
+    if constexpr (kCompare == Compare::kOthers) mask = load(panel.position + half) != splat(tile.position[i]);
+    if (index < tile.full_low[i] || index >= tile.full_high[i]) {
+      const int64_t g = index * kPanel + half;
+      const int64_t low = min_of<int64_t>(max_of<int64_t>(tile.low[i] - g, 0), kLanes);
+      const int64_t high = min_of<int64_t>(max_of<int64_t>(tile.high[i] - g, 0), kLanes);
+      mask &= (lanes_ >= splat(static_cast<int32_t>(low))) & (lanes_ < splat(static_cast<int32_t>(high)));
     }
     if (!panel.plain) mask &= load(panel.bias + half) > splat(-kInfinity);
     return mask;
+  }
+
+  // Calls f with compare() as a constant.
+  template <typename F>
+  REFORMER_INLINE_MEMBER void with_compare(F f) const {
+    switch (compare_) {
+      case Compare::kNone: f(Constant<Compare::kNone>()); break;
+      case Compare::kBefore: f(Constant<Compare::kBefore>()); break;
+      case Compare::kOthers: f(Constant<Compare::kOthers>()); break;
+    }
   }
 
   // 1 / (rounds in which the query with these codes meets the keys of a panel).
@@ -248,7 +301,7 @@ class PairRule {
   const AttentionParams& p_;
   const Plan& plan_;
   vint lanes_;
-  bool compares_positions_ = false;
+  Compare compare_ = Compare::kNone;
 };
 
 }  // namespace REFORMER_ISA

@@ -13,10 +13,14 @@ namespace REFORMER_ISA {
 // Rows of C in one block: with two vectors a row the accumulators fill most of 16 (32) registers.
 constexpr int kGroupRows = kLanes == 16 ? 12 : 6;
 
-// B in pieces of `piece_depth` rows: the panels of a key range need not be neighbours in memory.
+// Rows of B that are neighbours in memory; B is one piece after the other.
+struct Piece {
+  const float* rows;
+  int64_t depth;
+};
 struct Pieces {
-  const float* const* pieces;
-  int64_t count, piece_depth, row_stride;
+  const Piece* pieces;
+  int64_t count, row_stride;
 };
 
 // A's element (row, k): a[row * a_stride + k], or a[k * a_stride + row] where kTransposed.
@@ -31,8 +35,8 @@ static __attribute__((noinline)) void multiply_block(const float* a, int64_t a_s
     for (int v = 0; v < kVectors; ++v)
       sum[row][v] = accumulate ? load(c + row * c_stride + v * kLanes) : vfloat{};
   for (int64_t piece = 0; piece < b.count; ++piece) {
-    const float* b_row = b.pieces[piece] + b_column;
-    for (int64_t k = 0; k < b.piece_depth; ++k) {
+    const float* b_row = b.pieces[piece].rows + b_column;
+    for (int64_t k = 0; k < b.pieces[piece].depth; ++k) {
       vfloat b_vector[kVectors];
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) b_vector[v] = load(b_row + v * kLanes);

@@ -1,10 +1,10 @@
 // Stable counting sort of bucket ids: O(L + n) a segment.
 //
-// A segment is cut into tiles, each with its own histogram. A running sum over (bucket, tile) turns the counts
-// into places, and each tile then writes its positions: the order is the stable one however many tiles there
-// are. Tiles serve two ends: four of them are walked side by side, because a counter that was just written
-// must not be waited for (ids in a row are often equal); and threads share a segment when there are fewer
-// segments than threads.
+// A segment is cut into tiles, each with its own histogram. A running sum over (bucket, tile) turns the
+// counts into places, and each tile then writes its positions: the order is the stable one however many tiles
+// there are. Tiles serve two ends: four of them are walked side by side, because a counter that was just
+// written must not be waited for (ids in a row are often equal); and threads share a segment when there are
+// fewer segments than threads.
 #include <algorithm>
 #include <cstring>
 
@@ -24,9 +24,7 @@ struct Part {
   int32_t* counters;
 };
 
-int32_t clamp(int32_t id, int32_t last) {
-  return id < 0 ? 0 : id > last ? last : id;
-}
+int32_t clamp(int32_t id, int32_t last) { return id < 0 ? 0 : id > last ? last : id; }
 
 template <typename Visit>
 void for_each_id(const Part& part, int32_t last, Visit visit) {
@@ -61,11 +59,12 @@ void place(const Part* parts, int32_t n_parts, int32_t n, int32_t* starts) {
 }
 
 void scatter(const Part& part, int32_t n, int32_t* order) {
-  for_each_id(part, n - 1, [order](int32_t& counter, int64_t i) { order[counter++] = static_cast<int32_t>(i); });
+  for_each_id(part, n - 1,
+              [order](int32_t& counter, int64_t i) { order[counter++] = static_cast<int32_t>(i); });
 }
 
-// With about as many buckets as ids, tiles would cost more than they save. `starts` is the only table: it counts,
-// then is the cursor of the scatter, after which starts[b] is the end of bucket b, one entry early.
+// With about as many buckets as ids, tiles would cost more than they save. `starts` is the only table: it
+// counts, then is the cursor of the scatter, after which starts[b] is the end of bucket b, one entry early.
 void sort_sparse(const int32_t* ids, int64_t L, int32_t n, int32_t* order, int32_t* starts) {
   std::memset(starts, 0, sizeof(int32_t) * static_cast<size_t>(n));
   for (int64_t i = 0; i < L; ++i) ++starts[clamp(ids[i], n - 1)];
@@ -96,7 +95,8 @@ void bucket_sort(const SortParams& p) {
   const int64_t counters_size = sparse ? 0 : kTiles * p.n_buckets;
   const int32_t n_parts = std::max(shared, separate);
   const size_t parts_bytes = (sizeof(Part) * static_cast<size_t>(n_parts) + 63) / 64 * 64;
-  void* scratch = allocate_scratch(parts_bytes + sizeof(int32_t) * static_cast<size_t>(n_parts * counters_size));
+  void* scratch =
+      allocate_scratch(parts_bytes + sizeof(int32_t) * static_cast<size_t>(n_parts * counters_size));
   auto* parts = static_cast<Part*>(scratch);
   auto* counters = reinterpret_cast<int32_t*>(static_cast<char*>(scratch) + parts_bytes);
 
@@ -134,7 +134,8 @@ void bucket_sort(const SortParams& p) {
   free_scratch(scratch);
 
   for (int64_t s = 0; s < p.segments; ++s)
-    std::fill(p.starts + s * p.starts_size + n, p.starts + (s + 1) * p.starts_size, static_cast<int32_t>(p.L));
+    std::fill(p.starts + s * p.starts_size + n, p.starts + (s + 1) * p.starts_size,
+              static_cast<int32_t>(p.L));
 }
 
 }  // namespace reformer

@@ -1,12 +1,12 @@
 // The kernels that exist once per instruction set, and the table through which dispatch.cpp calls them.
 //
-// To add a kernel: declare it in kernels.h, write csrc/cpu/<kernel>.cpp inside REFORMER_ISA_NAMESPACE, add the
-// file to REFORMER_KERNEL_SOURCES in CMakeLists.txt and one line to REFORMER_KERNELS below.
+// To add a kernel: declare it in kernels.h, write csrc/cpu/<kernel>.cpp inside REFORMER_ISA_NAMESPACE, add
+// the file to REFORMER_KERNEL_SOURCES in CMakeLists.txt and one line to REFORMER_KERNELS below.
 //
-// One rule for the sources compiled per instruction set: no inline function or template with external linkage,
-// so no standard C++ header beyond <cstddef>, <cstdint> and <cstring>. The linker keeps one copy of such a
-// function for the whole library, perhaps the AVX-512 one, and a machine without AVX-512 would then run it.
-// Helpers are `static` or in an unnamed namespace. python_tests/test_build.py checks the object files.
+// One rule for the sources compiled per instruction set: no inline function or template with external
+// linkage outside the variant's namespace, so no standard C++ header beyond <cstddef>, <cstdint> and
+// <cstring>. The linker keeps one copy of such a function for the whole library, perhaps the AVX-512 one, and
+// a machine without AVX-512 would then run it. python_tests/test_build.py reads the object files.
 #pragma once
 
 #include "../kernels.h"
@@ -37,7 +37,8 @@ void free_scratch(void* memory);
 
 }  // namespace reformer
 
-// CMake defines REFORMER_ISA (portable, avx2, ...) and REFORMER_LANES, the floats in a vector, for each variant.
+// CMake defines REFORMER_ISA (portable, avx2, ...) and REFORMER_LANES, the floats in a vector, for each
+// variant.
 #ifdef REFORMER_ISA
 #define REFORMER_ISA_NAMESPACE reformer::REFORMER_ISA
 #endif

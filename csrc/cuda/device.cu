@@ -5,12 +5,8 @@
 
 namespace reformer::cuda {
 
-int runtime_version() {
-  return CUDART_VERSION;
-}
+int runtime_version() { return CUDART_VERSION; }
 
-const char* architectures() {
-  return REFORMER_CUDA_ARCHITECTURES;
-}
+const char* architectures() { return REFORMER_CUDA_ARCHITECTURES; }
 
 }  // namespace reformer::cuda

@@ -9,7 +9,8 @@ from reformer_kernels import _native
 
 _library = torch.library.Library("reformer_kernels", "FRAGMENT")
 _library.define(
-    "native_bucket_sort(Tensor buckets, SymInt n_buckets, SymInt starts_size) -> (Tensor order, Tensor starts)",
+    "native_bucket_sort(Tensor buckets, SymInt n_buckets, SymInt starts_size)"
+    " -> (Tensor order, Tensor starts)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
