@@ -73,7 +73,7 @@ def train(
     chunk: Annotated[
         int | None, typer.Option(help="Chunk length of LSH attention.", show_default="64")
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate.", show_default="0.002")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate.", show_default="0.01")] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of weights, text order and hashing.", show_default="0")
     ] = None,
