@@ -36,6 +36,7 @@ struct Panel {
   int32_t first_position = 0;  // the lowest position of a key that may be seen, INT32_MAX if there is none
   int32_t position[kPanel];    // original position of the key, -1 where there is none
   float bias[kPanel];          // in logit units; -inf where there is no key or it is padding
+  int64_t bucket[kPanel];      // over all rounds, where pairs' buckets are compared
 };
 
 template <typename T, bool kBackward>
@@ -83,26 +84,22 @@ class KeyPanels {
     while (begin_ < end_) evict(begin_++);
   }
 
-  // Asks for the rows that the next tile will need: part `part` of `parts` of the keys that follow the packed
-  // ones, and in the backward pass of the gradient rows that will be added to to make room for them.
-  REFORMER_INLINE_MEMBER void prefetch(int64_t part, int64_t parts) const {
+  // Asks for rows that the next tile will need, the i-th of kTileRows: of a key that follows the packed ones,
+  // and in the backward pass of gradients that will be added to to make room for it.
+  REFORMER_INLINE_MEMBER void prefetch(int64_t i) const {
     constexpr int64_t kBytes = sizeof(T);
-    const int64_t from = kTileRows * part / parts, to = kTileRows * (part + 1) / parts;
-    for (int64_t i = from; i < to; ++i) {
-      int64_t g = end_ * kPanel + i;
-      if (wrap_) g = floor_mod(g, plan_.ring_length);
-      if (g >= (wrap_ ? plan_.ring_length : last_) || g < 0) continue;
+    int64_t g = end_ * kPanel + i;
+    if (wrap_ && g >= plan_.ring_length) g -= plan_.ring_length;
+    if (g >= 0 && g < (wrap_ ? plan_.ring_length : last_)) {
       const int64_t position = head_.order[g];
       prefetch_row(row_of<const T>(p_.k.data ? p_.k : p_.q, head_.b, head_.h, position), p_.D * kBytes);
       prefetch_row(row_of<const T>(p_.v, head_.b, head_.h, position), p_.Dv * kBytes);
     }
     if (!kBackward || end_ - begin_ < plan_.cached_panels) return;
-    for (int64_t i = from; i < to; ++i) {
-      const int64_t position = panels_[slot(begin_ + i / kPanel)].position[i % kPanel];
-      if (position < 0) continue;
-      prefetch_row(grad_k_rows + position * grad_k_stride, p_.D * static_cast<int64_t>(sizeof(float)));
-      prefetch_row(grad_v_rows + position * grad_v_stride, p_.Dv * static_cast<int64_t>(sizeof(float)));
-    }
+    const int64_t position = panels_[slot(begin_ + i / kPanel)].position[i % kPanel];
+    if (position < 0) return;
+    prefetch_row(grad_k_rows + position * grad_k_stride, p_.D * static_cast<int64_t>(sizeof(float)));
+    prefetch_row(grad_v_rows + position * grad_v_stride, p_.Dv * static_cast<int64_t>(sizeof(float)));
   }
 
   const Panel& panel(int64_t p) const { return panels_[slot(p)]; }
@@ -129,6 +126,11 @@ class KeyPanels {
       const int32_t position = there ? head_.order[wrap_ ? floor_mod(g, plan_.ring_length) : g] : -1;
       const float bias = !there ? -kInfinity : head_.key_bias ? head_.key_bias[position] : 0.0f;
       panel.position[lane] = position;
+      if (plan_.compares_buckets && there) {
+        const int64_t on_ring = floor_mod(g, plan_.ring_length), round = on_ring / p_.L;
+        panel.bucket[lane] = round * p_.starts_size + bucket_of_rank(head_.starts + round * p_.starts_size,
+                                                                     p_.starts_size, on_ring % p_.L);
+      }
       panel.bias[lane] = bias * kLog2E;
       panel.plain &= bias == 0.0f;
       float* key = keys + lane * plan_.d_padded;
@@ -232,6 +234,8 @@ class PairRule {
       mask &= (lanes_ >= splat(static_cast<int32_t>(low))) & (lanes_ < splat(static_cast<int32_t>(high)));
     }
     if (!panel.plain) mask &= load(panel.bias + half) > splat(-kInfinity);
+    if (plan_.compares_buckets)
+      for (int lane = 0; lane < kLanes; ++lane) mask[lane] &= -(panel.bucket[half + lane] == tile.bucket[i]);
     return mask;
   }
 
@@ -255,16 +259,18 @@ class PairRule {
         count -= (vint)((vuint)distance <= span);
       }
     } else {
-      // On the ring a key of any round may be in reach, and more than once where the reach is longer.
-      const int32_t chunks = static_cast<int32_t>(plan_.chunks), ring = chunks * static_cast<int32_t>(p_.R);
-      const int32_t turns = (plan_.before + plan_.after) / ring + 2;
-      for (int32_t r = 0; r < p_.R; ++r)
-        for (int32_t other = 0; other < p_.R; ++other)
-          for (int32_t turn = -turns; turn <= turns; ++turn) {
-            const int32_t base = row_codes[r] + (r - other) * chunks + turn * ring + plan_.after;
+      // On the ring a key of any round may be in reach (of the same one, with a bucket mask), and more than
+      // once where the reach is longer.
+      const int32_t rounds = static_cast<int32_t>(p_.R), chunks = static_cast<int32_t>(plan_.chunks);
+      for (int32_t r = 0; r < rounds; ++r)
+        for (int32_t other = 0; other < rounds; ++other) {
+          if (plan_.compares_buckets && other != r) continue;
+          for (int32_t turn = -plan_.ring_turns; turn <= plan_.ring_turns; ++turn) {
+            const int32_t base = row_codes[r] + (r - other + turn * rounds) * chunks + plan_.after;
             const vint distance = splat(base) - load(panel_codes + other * kPanel + half);
             count -= (vint)((vuint)distance <= span);
           }
+        }
     }
     return 1.0f / __builtin_convertvector(count > 1 ? count : splat(1), vfloat);
   }
