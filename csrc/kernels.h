@@ -81,8 +81,8 @@ struct AttentionParams {
   uint32_t dropout_threshold = 0;
   float keep_scale = 1.0f;
   uint64_t seed = 0;
-  Rows out;              // written by forward, read by backward
-  float* lse = nullptr;  // (B, H, L), likewise
+  Rows out;                   // written by forward, read by backward
+  float* lse = nullptr;       // (B, H, L), likewise
   void* workspace = nullptr;  // attention_workspace_bytes() long, 64-byte aligned
   int32_t threads = 1;
 };
