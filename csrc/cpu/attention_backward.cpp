@@ -183,7 +183,7 @@ class BackwardWorker {
       vfloat s = load(probabilities + half);
       if (!keys.plain) s += load(keys.bias + half);
       vfloat p = exp2_of(s - lse_[i]);
-      if (kWeighted && codes) p *= rule_.inverse_count(row_codes_ + i * p_.R, codes, half);
+      if (kWeighted && codes) p *= rule_.inverse_count(row_codes_ + i * p_.R, codes, half, tile_.round);
       p = select(visible, p, vfloat{});
       vfloat grad = load(grad_probabilities + half);
       vfloat dropped = p;

@@ -147,7 +147,7 @@ class ForwardWorker {
         for (int64_t k = 0; k < count * kPanel; k += kLanes) {
           const vfloat p = exp2_of(load(row + k) - shift) *
                            rule_.inverse_count(row_codes_ + i * p_.R, panels_.codes(met[k / kPanel]),
-                                               static_cast<int>(k % kPanel));
+                                               static_cast<int>(k % kPanel), tile_.round);
           store(row + k, p);
           sums += p;
         }

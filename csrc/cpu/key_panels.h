@@ -287,30 +287,21 @@ class PairRule {
     }
   }
 
-  // 1 / (rounds in which the query with these codes meets the keys of a panel).
-  vfloat inverse_count(const int32_t* row_codes, const int32_t* panel_codes, int half) const {
+  // 1 / (rounds in which the query with these codes meets the keys of a panel), for keys that it meets in
+  // `round`.
+  REFORMER_INLINE_MEMBER vfloat inverse_count(const int32_t* row_codes, const int32_t* panel_codes, int half,
+                                              int64_t round) const {
+    if (p_.rule.ring && !plan_.inside_bucket) return inverse_ring_count(row_codes, panel_codes, half);
     const vuint span = (vuint)splat(plan_.before + plan_.after);
-    vint count{};
-    if (!p_.rule.ring || plan_.inside_bucket) {
-      for (int64_t r = 0; r < p_.R; ++r) {
-        const vint distance = splat(row_codes[r] + plan_.after) - load(panel_codes + r * kPanel + half);
-        count -= (vint)((vuint)distance <= span);
-      }
-    } else {
-      // On the ring a key of any round may be in reach (of the same one, with a bucket mask), and more than
-      // once where the reach is longer.
-      const int32_t rounds = static_cast<int32_t>(p_.R), chunks = static_cast<int32_t>(plan_.chunks);
-      for (int32_t r = 0; r < rounds; ++r)
-        for (int32_t other = 0; other < rounds; ++other) {
-          if (plan_.compares_buckets && other != r) continue;
-          for (int32_t turn = -plan_.ring_turns; turn <= plan_.ring_turns; ++turn) {
-            const int32_t base = row_codes[r] + (r - other + turn * rounds) * chunks + plan_.after;
-            const vint distance = splat(base) - load(panel_codes + other * kPanel + half);
-            count -= (vint)((vuint)distance <= span);
-          }
-        }
+    vint others{};
+    for (int64_t r = 0; r < p_.R; ++r) {
+      if (r == round) continue;
+      const vuint distance =
+          (vuint)(splat(row_codes[r] + plan_.after) - load(panel_codes + r * kPanel + half));
+      others -= (vint)((distance < span ? distance : span) == distance);
     }
-    return 1.0f / __builtin_convertvector(count > 1 ? count : splat(1), vfloat);
+    if (p_.R <= kLanes) return __builtin_shuffle(inverses_, others);
+    return 1.0f / __builtin_convertvector(others + 1, vfloat);
   }
 
   // factors[i * stride + k] = keep_scale or 0 for rows [0, rows) and the keys of panels [from, to), as
@@ -333,6 +324,25 @@ class PairRule {
   }
 
  private:
+  // On the ring a key of any round may be in reach (of the same one, with a bucket mask), and more than once
+  // where the reach is longer.
+  __attribute__((noinline)) vfloat inverse_ring_count(const int32_t* row_codes, const int32_t* panel_codes,
+                                                      int half) const {
+    const vuint span = (vuint)splat(plan_.before + plan_.after);
+    const int32_t rounds = static_cast<int32_t>(p_.R), chunks = static_cast<int32_t>(plan_.chunks);
+    vint count{};
+    for (int32_t r = 0; r < rounds; ++r)
+      for (int32_t other = 0; other < rounds; ++other) {
+        if (plan_.compares_buckets && other != r) continue;
+        for (int32_t turn = -plan_.ring_turns; turn <= plan_.ring_turns; ++turn) {
+          const int32_t base = row_codes[r] + (r - other + turn * rounds) * chunks + plan_.after;
+          const vint distance = splat(base) - load(panel_codes + other * kPanel + half);
+          count -= (vint)((vuint)distance <= span);
+        }
+      }
+    return 1.0f / __builtin_convertvector(count > 1 ? count : splat(1), vfloat);
+  }
+
   // The factors of row i and the kTileRows keys at ring positions g, g + 1, ...
   void write_factors(const Head& head, const Tile& tile, int i, int64_t g, float* factors) const {
     const int64_t padded_length = round_up(p_.L, 4), end = g + kTileRows;
@@ -358,6 +368,7 @@ class PairRule {
   const AttentionParams& p_;
   const Plan& plan_;
   Compare compare_ = Compare::kNone;
+  vfloat inverses_ = 1.0f / __builtin_convertvector(iota() + 1, vfloat);  // 1 / 1, 1 / 2, ...
 };
 
 }  // namespace REFORMER_ISA
