@@ -65,8 +65,9 @@ static inline Plan make_plan(const AttentionParams& p) {
   } else {
     below = (rule.chunks_before + 1) * rule.chunk_length;
     above = (rule.chunks_after + 1) * rule.chunk_length;
-    plan.before = static_cast<int32_t>(min_of(rule.chunks_before, plan.ring_length));
-    plan.after = static_cast<int32_t>(min_of(rule.chunks_after, plan.ring_length));
+    // Around the ring a range may meet a key again and again, so there all of it counts.
+    plan.before = static_cast<int32_t>(rule.ring ? rule.chunks_before : min_of(rule.chunks_before, p.L));
+    plan.after = static_cast<int32_t>(rule.ring ? rule.chunks_after : min_of(rule.chunks_after, p.L));
   }
   plan.ring_turns = static_cast<int32_t>((plan.before + plan.after) / (p.R * plan.chunks)) + 2;
   if (!rule.ring) below = min_of(below, p.L), above = min_of(above, p.L);
