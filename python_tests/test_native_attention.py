@@ -33,7 +33,16 @@ from .attention_cases import (
     rule_of,
     solve,
 )
-from .helpers import TOLERANCE, assert_close, gradients, layout_from_buckets, normal, padding_mask, qkv, random_layout
+from .helpers import (
+    TOLERANCE,
+    assert_close,
+    gradients,
+    layout_from_buckets,
+    normal,
+    padding_mask,
+    qkv,
+    random_layout,
+)
 from .native_tools import isa, runnable_isas
 
 ISAS = runnable_isas()

@@ -31,8 +31,10 @@ def _empty_rows_like(tensor: Tensor) -> Tensor:
     """Uninitialised memory in the layout of `tensor`, so that a transposed view of a projection's output
     gets a result that transposes back for free; the last dimension is contiguous in any case."""
     result = torch.empty_like(tensor)
-    return result if result.stride(-1) == 1 or result.size(-1) == 1 else torch.empty(
-        tensor.shape, dtype=tensor.dtype, device=tensor.device
+    return (
+        result
+        if result.stride(-1) == 1 or result.size(-1) == 1
+        else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     )
 
 
@@ -112,9 +114,7 @@ def _(
     q, v = _contiguous_rows(q), _contiguous_rows(v)
     k = None if k is None else _contiguous_rows(k)
     out, lse = _empty_rows_like(v), torch.empty(q.shape[:3], dtype=torch.float32)
-    parameters = _parameters(
-        q, k, v, order, bucket_starts, key_bias, seed, rule, scale, dropout_p, out, lse
-    )
+    parameters = _parameters(q, k, v, order, bucket_starts, key_bias, seed, rule, scale, dropout_p, out, lse)
     workspace = _workspace(native.attention_forward_workspace_bytes(parameters))
     parameters.workspace = _native.pointer(
         workspace, "workspace", shape=workspace.shape, dtypes=[torch.uint8]
@@ -152,9 +152,7 @@ def _(
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     grad_q, grad_v = _empty_rows_like(q), _empty_rows_like(v)
     grad_k = q.new_empty(0) if k is None else _empty_rows_like(k)
-    parameters = _parameters(
-        q, k, v, order, bucket_starts, key_bias, seed, rule, scale, dropout_p, out, lse
-    )
+    parameters = _parameters(q, k, v, order, bucket_starts, key_bias, seed, rule, scale, dropout_p, out, lse)
     gradients = native.AttentionGradients(
         grad_out=_native.rows(grad_out, "grad_out", shape=out.shape, dtypes=[q.dtype]),
         grad_lse=0
@@ -196,9 +194,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     return grad_q, grad_k if has_k else None, grad_v, *(None,) * 7
 
 
-torch.library.register_autograd(
-    "reformer_kernels::native_attention", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("reformer_kernels::native_attention", _backward, setup_context=_setup_context)
 
 
 def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
