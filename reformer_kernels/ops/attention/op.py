@@ -15,6 +15,9 @@ from torch import Tensor
 from reformer_kernels import _native
 from reformer_kernels.config import AttentionRule
 
+MAX_HEAD_DIM = 256
+_RULE_FIELDS = [field.name for field in dataclasses.fields(AttentionRule)]
+
 _ARGUMENTS = (
     "Tensor q, Tensor? k, Tensor v, Tensor order, Tensor bucket_starts, Tensor? key_bias, Tensor? seed, "
     "int[] rule, float scale, float dropout_p"
@@ -42,6 +45,16 @@ def _contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.size(-1) == 1 else tensor.contiguous()
 
 
+def _check_limits(dim: int, value_dim: int, rule: list[int]) -> None:
+    """What the kernels take for granted and `functional` has checked; a direct call may not have."""
+    if not (1 <= dim <= MAX_HEAD_DIM and 1 <= value_dim <= MAX_HEAD_DIM):
+        raise ValueError(f"head dimensions must be in 1..{MAX_HEAD_DIM}, got {dim} and {value_dim}")
+    if len(rule) != len(_RULE_FIELDS):
+        raise ValueError(f"rule must be AttentionRule.pack(), {len(_RULE_FIELDS)} integers, got {len(rule)}")
+    if rule[_RULE_FIELDS.index("chunk_length")] < 1 or not all(0 <= number < 2**31 for number in rule):
+        raise ValueError(f"rule must be AttentionRule.pack() of a valid rule, got {rule}")
+
+
 def _parameters(
     q: Tensor,
     k: Tensor | None,
@@ -59,9 +72,9 @@ def _parameters(
     """The kernels' parameter struct. The caller keeps every tensor alive while it is used."""
     native = _native.extension()
     batch, heads, length, dim = q.shape
+    _check_limits(dim, v.size(-1), rule)
     rounds, starts_size = order.size(2), bucket_starts.size(-1)
     dtypes = [q.dtype] if q.dtype in _native.DTYPES else list(_native.DTYPES)
-    names = [field.name for field in dataclasses.fields(AttentionRule)]
     int32, float32 = [torch.int32], [torch.float32]
     return native.AttentionParams(
         B=batch,
@@ -82,7 +95,7 @@ def _parameters(
         key_bias=0
         if key_bias is None
         else _native.pointer(key_bias, "key_bias", shape=(batch, length), dtypes=float32),
-        rule=native.AttentionRule(**dict(zip(names, rule, strict=True))),
+        rule=native.AttentionRule(**dict(zip(_RULE_FIELDS, rule, strict=True))),
         scale=scale,
         dropout_threshold=min(int(dropout_p * 2**32), 2**32 - 1),
         keep_scale=1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
