@@ -396,8 +396,8 @@ def local_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention within chunks of positions and their neighbours, as Hugging Face's `LocalSelfAttention`.
 
-    out_i = sum_j p_ij v_j, p_i = softmax of scale * q_i . k_j over j in i's chunk of
-    `chunk_length` positions, the `chunks_before` before it and the `chunks_after` after it. A query may see its own position.
+    out_i = sum_j p_ij v_j, p_i = softmax of scale * q_i . k_j over j in i's chunk of `chunk_length` positions
+    and in the `chunks_before` before and `chunks_after` after it. A query may see its own position.
 
     q, k (B, H, L, D); v (B, H, L, Dv). wrap: chunks form a ring (Hugging Face always does), a key met twice
     on it counts twice; sequences of at most one chunk have no neighbours. scale None: D ** -0.5. The other
