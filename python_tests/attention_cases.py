@@ -60,7 +60,9 @@ class Case:
     Dv: int = 8
     n_buckets: int = 4
     separate: bool = False
-    padding: str = "none"  # "none", "some", "tail" (in the padding bucket), "rows" (whole rows), "bias" (finite)
+    padding: str = (
+        "none"  # "none", "some", "tail" (in the padding bucket), "rows" (whole rows), "bias" (finite)
+    )
     dropout_p: float = 0.0
     scale: float = 1.0
     strides: str = "dense"
@@ -266,7 +268,9 @@ def rules(draw: st.DrawFn) -> AttentionRule:
     window = st.one_of(st.integers(0, 9), st.sampled_from([15, 16, 31, 33, 64, 100, 300, 2**24]))
     return AttentionRule(
         bucket_window=by_bucket,
-        chunk_length=draw(st.one_of(st.integers(1, 20), st.sampled_from([24, 32, 63, 64, 65, 100, 128, 200]))),
+        chunk_length=draw(
+            st.one_of(st.integers(1, 20), st.sampled_from([24, 32, 63, 64, 65, 100, 128, 200]))
+        ),
         chunks_before=draw(st.integers(0, 3)),
         chunks_after=draw(st.integers(0, 3)),
         window_before=draw(window),
@@ -287,8 +291,12 @@ WORK = 3e6
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     rule = draw(rules())
-    dims = st.one_of(st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 32, 40, 63, 64, 65, 100, 128, 200, 256]))
-    length = draw(st.one_of(st.integers(1, 20), st.integers(21, 300), st.sampled_from([63, 64, 65, 128, 129])))
+    dims = st.one_of(
+        st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 32, 40, 63, 64, 65, 100, 128, 200, 256])
+    )
+    length = draw(
+        st.one_of(st.integers(1, 20), st.integers(21, 300), st.sampled_from([63, 64, 65, 128, 129]))
+    )
     case = Case(
         rule=rule,
         B=draw(st.integers(1, 3)),

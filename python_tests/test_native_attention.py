@@ -5,14 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from torch import Tensor
 
 from reformer_kernels import Layout, LSHConfig
 from reformer_kernels import functional as F
@@ -20,7 +16,6 @@ from reformer_kernels import functional as F
 from .attention_cases import (
     EXAMPLES,
     NATIVE_DTYPES,
-    SELF_ONLY,
     STRIDES,
     Case,
     assert_agree,
@@ -33,7 +28,14 @@ from .attention_cases import (
     rule_of,
     solve,
 )
-from .helpers import TOLERANCE, assert_close, gradients, layout_from_buckets, normal, padding_mask, qkv, random_layout
+from .helpers import (
+    TOLERANCE,
+    assert_close,
+    gradients,
+    normal,
+    padding_mask,
+    qkv,
+)
 from .native_tools import isa, runnable_isas
 
 ISAS = runnable_isas()
@@ -61,7 +63,34 @@ def test_equals_reference(case: Case) -> None:
     check(case)
 
 
-WIDTHS = [1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 33, 48, 63, 64, 65, 96, 127, 128, 129, 200, 255, 256]
+WIDTHS = [
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    9,
+    12,
+    15,
+    16,
+    17,
+    24,
+    31,
+    33,
+    48,
+    63,
+    64,
+    65,
+    96,
+    127,
+    128,
+    129,
+    200,
+    255,
+    256,
+]
 
 
 @pytest.mark.parametrize("name", ISAS)
@@ -202,7 +231,9 @@ def test_seeds_of_64_bits() -> None:
     outs = {}
     for seed in (0, 1, 2**32, 2**63, 2**64 - 1):
         ours, theirs = (
-            F.lsh_attention(q, v, config, layout=F.lsh_layout(q, config, seed=0), dropout_p=0.5, seed=seed, backend=b)
+            F.lsh_attention(
+                q, v, config, layout=F.lsh_layout(q, config, seed=0), dropout_p=0.5, seed=seed, backend=b
+            )
             for b in ("native", "reference")
         )
         assert_close(ours, theirs)
@@ -412,8 +443,7 @@ def test_neighbours_beyond_count(L: int) -> None:
     ):
         layout = F.lsh_layout(q, config, seed=0)
         ours, theirs = (
-            F.attend(x, y, layout, config, return_lse=True)
-            for x, y in ((q, v), (q.double(), v.double()))
+            F.attend(x, y, layout, config, return_lse=True) for x, y in ((q, v), (q.double(), v.double()))
         )
         for a, e in zip(ours, theirs, strict=True):
             assert_close(a, e)
@@ -422,9 +452,7 @@ def test_neighbours_beyond_count(L: int) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_empty_batch(rule: str) -> None:
     q, v = torch.zeros(0, 2, 30, 8, requires_grad=True), torch.zeros(0, 2, 30, 5, requires_grad=True)
-    layout = Layout(
-        torch.zeros(0, 2, 2, 30, dtype=torch.int32), torch.zeros(0, 2, 2, 6, dtype=torch.int32)
-    )
+    layout = Layout(torch.zeros(0, 2, 2, 30, dtype=torch.int32), torch.zeros(0, 2, 2, 6, dtype=torch.int32))
     arguments = (layout.order, layout.bucket_starts, None, None, RULES[rule].pack(), 1.0, 0.0)
     out, lse = torch.ops.reformer_kernels.native_attention(q, None, v, *arguments)
     assert out.shape == (0, 2, 30, 5) and lse.shape == (0, 2, 30)
