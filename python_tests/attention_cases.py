@@ -200,7 +200,7 @@ def pair_counts(layout: Layout, rule: AttentionRule, key_bias: Tensor | None = N
 
 
 def dense(case: Case, q: Tensor, v: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same attention in the inputs' own dtype by a matrix of pairs, as anyone would write it in PyTorch."""
+    """The same attention in the inputs' own dtype by a matrix of pairs, plain PyTorch."""
     key_bias = case.key_bias()
     counts = pair_counts(case.layout(), case.rule, key_bias)
     padding = None if key_bias is None else (key_bias == -math.inf)[:, None, :, None]

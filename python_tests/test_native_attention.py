@@ -248,7 +248,7 @@ def test_seeds_of_64_bits() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_paper_with_every_pair_joined_equals_full_attention(causal: bool, padded: bool) -> None:
-    """Two buckets, many rounds, whole buckets in reach: softmax attention over all pairs but a token and itself."""
+    """Two buckets, many rounds, whole buckets in reach: softmax over all pairs but self."""
     B, H, L, D = 2, 2, 96, 16
     config = LSHConfig.paper(
         n_hashes=48, chunk_length=16, chunks_before=5, chunks_after=5, bucket_factors=2, causal=causal
