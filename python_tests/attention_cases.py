@@ -228,12 +228,13 @@ def dense(case: Case, q: Tensor, v: Tensor, k: Tensor | None) -> tuple[Tensor, T
     return out, lse.masked_fill(empty, -math.inf).masked_fill(alone, SELF_ONLY)
 
 
-def errors(actual: Solution, expected: Solution) -> dict[str, float]:
+def errors(case: Case, actual: Solution, expected: Solution) -> dict[str, float]:
     """Largest differences, each relative to the expected numbers' size.
 
     A gradient that is nil by rights, such as a query's that sees one key, has the rounding of the terms that
-    cancel, so sizes below a tenth of the inputs' (1) count as that.
+    cancel, so sizes below a tenth of those terms' count as that.
     """
+    terms = case.Dv**0.5 * max(1.0, case.scale) / (1 - case.dropout_p)
     names = ["out", "grad q", "grad v", "grad k"]
     a_all, e_all = [actual.out, *actual.gradients], [expected.out, *expected.gradients]
     found = {}
@@ -242,7 +243,7 @@ def errors(actual: Solution, expected: Solution) -> dict[str, float]:
         assert a.shape == e.shape, name
         assert bool(e.isfinite().all()), f"{name}: the reference is not finite"
         assert bool(a.isfinite().all()), f"{name} is not finite"
-        size = e.abs().max().clamp_min(0.1) if e.numel() else 1
+        size = e.abs().max().clamp_min(0.1 * (terms if "grad" in name else 1)) if e.numel() else 1
         found[name] = float(((a - e).abs().max() if e.numel() else torch.tensor(0.0)) / size)
     # Rows that see nothing, or only themselves, have an exact log-sum-exp, far from all others.
     a, e = actual.lse.double(), expected.lse.double()
@@ -254,8 +255,8 @@ def errors(actual: Solution, expected: Solution) -> dict[str, float]:
     return found
 
 
-def assert_agree(actual: Solution, expected: Solution, tolerance: float = 1e-4) -> None:
-    found = errors(actual, expected)
+def assert_agree(case: Case, actual: Solution, expected: Solution, tolerance: float = 1e-4) -> None:
+    found = errors(case, actual, expected)
     assert max(found.values()) <= tolerance, found
 
 
