@@ -16,6 +16,9 @@ namespace reformer {
 namespace REFORMER_ISA {
 namespace {
 
+// Of a probability before it is divided by the number of times that its pair is met; more is rounding.
+constexpr float kLargestExponent = 64.0f;
+
 // float32 sums of one head, by position: grad_q and grad_v in place where they are float32.
 struct Sums {
   float *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr;
@@ -176,8 +179,15 @@ class BackwardWorker {
       const vint visible = rule_.template visible<kCompare>(tile_, i, panel, keys, half);
       vfloat s = load(probabilities + half);
       if (!keys.plain) s += load(keys.bias + half);
-      vfloat p = exp2_of(s - lse_[i]);
-      if (kWeighted && codes) p *= rule_.inverse_count(row_codes_ + i * p_.R, codes, half);
+      // A rounded log-sum-exp may fall below its own largest logit; of huge ones, far enough to overflow.
+      vfloat p;
+      if (kWeighted && codes) {
+        p = vmin(exp2_of(vmin(s - lse_[i], splat(kLargestExponent))) *
+                     rule_.inverse_count(row_codes_ + i * p_.R, codes, half),
+                 splat(1.0f));
+      } else {
+        p = exp2_of(vmin(s - lse_[i], vfloat{}));
+      }
       p = select(visible, p, vfloat{});
       vfloat grad = load(grad_probabilities + half);
       vfloat dropped = p;

@@ -159,7 +159,8 @@ class ForwardWorker {
           sums += next;
         }
       }
-      const float sum = p_.rule.bucket_window ? sum_from_first_key(i, met[0], count, row) : sum_of_lanes(sums);
+      float sum = p_.rule.bucket_window ? sum_from_first_key(i, met[0], count, row) : sum_of_lanes(sums);
+      if (maximum == -kInfinity && sees_any<kCompare>(group, i)) sum = __builtin_nanf("");
       if (factors_)
         for (int m = 0; m < count; ++m) {
           const float* factors = factors_ + (i * plan_.block_panels + met[m] - from) * kPanel;
@@ -176,6 +177,20 @@ class ForwardWorker {
       }
       maximum_[i] = maximum;
     }
+  }
+
+  // Whether a row that has no logit above -inf has keys at all: if it has, its logits overflowed, and a row that
+  // nothing is known of must not pass for an empty one.
+  template <PairRule::Compare kCompare>
+  bool sees_any(int group, int i) const {
+    const int64_t* met = met_ + group * plan_.block_panels;
+    vint any{};
+    for (int m = 0; m < met_count_[group]; ++m)
+      for (int half = 0; half < kPanel; half += kLanes)
+        any |= rule_.template visible<kCompare>(tile_, i, met[m], panels_.panel(met[m]), half);
+    int32_t found = 0;
+    for (int lane = 0; lane < kLanes; ++lane) found |= any[lane];
+    return found != 0;
   }
 
   // The sum of row i's probabilities over `count` panels from panel `low` on, with lanes counted from the row's
@@ -223,6 +238,7 @@ class ForwardWorker {
 
   void finish(const Head& head, int64_t position, float maximum, float sum, float* out) {
     float lse = maximum * kLn2 + __builtin_logf(sum), scale = 1.0f / sum;
+    if (lse == kSelfOnlyLse) lse = __builtin_nextafterf(lse, 0.0f);  // the mark of a row that saw only itself
     if (sum == 0.0f) {  // nothing to attend to
       const bool itself = p_.rule.exclude_self && !is_padding(head, position);
       if (itself) load_row(row_of<const T>(p_.v, head.b, head.h, position), p_.Dv, plan_.dv_padded, out);

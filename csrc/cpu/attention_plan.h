@@ -69,7 +69,7 @@ static inline Plan make_plan(const AttentionParams& p) {
   const int64_t needed = ceil_div(below + kTileRows + above, kPanel) + 2;
   // In a bucket window all logits of a row are held at once (up to a size): its sum then does not depend
   // on where in the tile the row lies, so appending tokens changes no bit of earlier outputs.
-  plan.block_panels = min_of<int64_t>(needed, rule.bucket_window ? 4096 / kPanel : 512 / kPanel);
+  plan.block_panels = min_of<int64_t>(needed, rule.bucket_window ? 65536 / kPanel : 512 / kPanel);
   plan.cached_panels = 1;
   while (plan.cached_panels < max_of(plan.block_panels, min_of<int64_t>(needed, 1024 / kPanel))) plan.cached_panels *= 2;
   // Tasks of the backward pass add to rows of keys: with segments at least as long as the reach, the even
