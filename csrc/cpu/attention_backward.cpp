@@ -246,6 +246,7 @@ struct Workspace {
   const AttentionParams& p;
   const AttentionGradients& g;
   float *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr, *delta = nullptr;  // (heads, L, ...)
+  uint8_t* seen = nullptr;                                                             // (heads, R, L)
   HeadTables tables;
   char* workers = nullptr;
   size_t worker_bytes = 0;
@@ -259,6 +260,7 @@ struct Workspace {
     }
     if (!kIsFloat<T> || !p.k.data) grad_k = arena->take<float>(rows * p.D);
     delta = arena->take<float>(rows);
+    seen = arena->take<uint8_t>(rows * p.R);
     Arena one;
     BackwardWorker<T>(p, g, plan, &one);
     worker_bytes = one.used;
@@ -338,7 +340,7 @@ void finish_row(const AttentionParams& p, const AttentionGradients& g, const Pla
 }
 
 template <typename T>
-void backward(const AttentionParams& p, const AttentionGradients& g) {
+Status backward(const AttentionParams& p, const AttentionGradients& g) {
   using Part = typename BackwardWorker<T>::Part;
   constexpr int64_t kRowsPerTask = 256;
   const Plan plan = make_plan(p);
@@ -346,6 +348,7 @@ void backward(const AttentionParams& p, const AttentionGradients& g) {
   const Workspace<T> workspace(p, g, plan, &arena);
   const int64_t row_tasks = ceil_div(p.L, kRowsPerTask);
   const bool crossings = p.rule.ring && !plan.inside_bucket;
+  Status status = Status::kOk;
 #pragma omp parallel num_threads(p.threads)
   {
     Arena own{workspace.workers + static_cast<size_t>(thread_index()) * workspace.worker_bytes, 0};
@@ -360,11 +363,19 @@ void backward(const AttentionParams& p, const AttentionGradients& g) {
         const Sums sums = workspace.sums_at(head, slot);
         for (int64_t i = begin; i < min_of(begin + kRowsPerTask, p.L); ++i) prepare_row<T>(p, g, head, sums, i);
       }
-      if (workspace.tables.codes) {
+      // Looked at again: a caller of the operator may have changed the layout since.
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < heads * p.R; ++task)
-          write_codes(p, plan, workspace.head_at(first, task / p.R), task % p.R);
+      for (int64_t task = 0; task < heads * p.R; ++task) {
+        const Head head = workspace.head_at(first, task / p.R);
+        const Status found = check_layout(p, plan, head, task % p.R, workspace.seen + task * p.L);
+        if (found != Status::kOk) {
+#pragma omp atomic write
+          status = found;
+        } else if (head.codes) {
+          write_codes(p, plan, head, task % p.R);
+        }
       }
+      if (status != Status::kOk) break;  // one value for all threads, by the barrier
       for (int64_t round = 0; round < p.R; ++round) {
         for (int64_t parity = 0; parity < 2; ++parity) {
           const int64_t segments = (plan.segments + 1 - parity) / 2;
@@ -395,6 +406,7 @@ void backward(const AttentionParams& p, const AttentionGradients& g) {
       }
     }
   }
+  return status;
 }
 
 template <typename T>
@@ -420,9 +432,9 @@ size_t attention_backward_workspace_bytes(const AttentionParams& p) {
 Status attention_backward(const AttentionParams& p, const AttentionGradients& g) {
   if (p.B * p.H == 0 || p.L == 0) return Status::kOk;
   switch (p.dtype) {
-    case DType::kFloat32: backward<float>(p, g); break;
-    case DType::kBFloat16: backward<BFloat16>(p, g); break;
-    case DType::kFloat16: backward<Float16>(p, g); break;
+    case DType::kFloat32: return backward<float>(p, g);
+    case DType::kBFloat16: return backward<BFloat16>(p, g);
+    case DType::kFloat16: return backward<Float16>(p, g);
   }
   return Status::kOk;
 }

@@ -326,7 +326,7 @@ Status forward(const AttentionParams& p) {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < heads * p.R; ++task) {
         const Head head = workspace.tables.head(p, first, task / p.R);
-        const Status found = check_layout(p, head, task % p.R, workspace.seen + task * p.L);
+        const Status found = check_layout(p, plan, head, task % p.R, workspace.seen + task * p.L);
         if (found != Status::kOk) {
 #pragma omp atomic write
           status = found;

@@ -144,7 +144,8 @@ REFORMER_INLINE int64_t bucket_of_rank(const int32_t* starts, int64_t starts_siz
   return low;
 }
 
-static inline Status check_layout(const AttentionParams& p, const Head& head, int64_t round, uint8_t* seen) {
+static inline Status check_layout(const AttentionParams& p, const Plan& plan, const Head& head, int64_t round,
+                                  uint8_t* seen) {
   const int32_t* order = head.order + round * p.L;
   memset(seen, 0, static_cast<size_t>(p.L));
   for (int64_t i = 0; i < p.L; ++i) {
@@ -155,6 +156,10 @@ static inline Status check_layout(const AttentionParams& p, const Head& head, in
   if (starts[0] != 0 || starts[p.starts_size - 1] != p.L) return Status::kBadStarts;
   for (int64_t x = 1; x < p.starts_size; ++x)
     if (starts[x] < starts[x - 1]) return Status::kBadStarts;
+  if (!p.rule.causal || !plan.inside_bucket) return Status::kOk;
+  for (int64_t x = 1; x < p.starts_size; ++x)
+    for (int64_t i = starts[x - 1] + 1; i < starts[x]; ++i)
+      if (order[i] < order[i - 1]) return Status::kUnsorted;
   return Status::kOk;
 }
 
