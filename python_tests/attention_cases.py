@@ -60,7 +60,9 @@ class Case:
     Dv: int = 8
     n_buckets: int = 4
     separate: bool = False
-    padding: str = "none"  # "none", "some", "tail" (in the padding bucket), "rows" (whole rows), "bias" (finite)
+    padding: str = (
+        "none"  # "none", "some", "tail" (in the padding bucket), "rows" (whole rows), "bias" (finite)
+    )
     dropout_p: float = 0.0
     scale: float = 1.0
     strides: str = "dense"
@@ -198,7 +200,7 @@ def pair_counts(layout: Layout, rule: AttentionRule, key_bias: Tensor | None = N
 
 
 def dense(case: Case, q: Tensor, v: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same attention in the inputs' own dtype by a matrix of pairs, as anyone would write it in PyTorch."""
+    """The same attention in the inputs' own dtype by a matrix of pairs, as anyone would write it."""
     key_bias = case.key_bias()
     counts = pair_counts(case.layout(), case.rule, key_bias)
     padding = None if key_bias is None else (key_bias == -math.inf)[:, None, :, None]
@@ -270,7 +272,9 @@ def rules(draw: st.DrawFn) -> AttentionRule:
     window = st.one_of(st.integers(0, 9), st.sampled_from([15, 16, 31, 33, 64, 100, 300, 2**24]))
     return AttentionRule(
         bucket_window=by_bucket,
-        chunk_length=draw(st.one_of(st.integers(1, 20), st.sampled_from([24, 32, 63, 64, 65, 100, 128, 200]))),
+        chunk_length=draw(
+            st.one_of(st.integers(1, 20), st.sampled_from([24, 32, 63, 64, 65, 100, 128, 200]))
+        ),
         chunks_before=draw(st.integers(0, 3)),
         chunks_after=draw(st.integers(0, 3)),
         window_before=draw(window),
@@ -291,8 +295,12 @@ WORK = 3e6
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     rule = draw(rules())
-    dims = st.one_of(st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 32, 40, 63, 64, 65, 100, 128, 200, 256]))
-    length = draw(st.one_of(st.integers(1, 20), st.integers(21, 300), st.sampled_from([63, 64, 65, 128, 129])))
+    dims = st.one_of(
+        st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 32, 40, 63, 64, 65, 100, 128, 200, 256])
+    )
+    length = draw(
+        st.one_of(st.integers(1, 20), st.integers(21, 300), st.sampled_from([63, 64, 65, 128, 129]))
+    )
     case = Case(
         rule=rule,
         B=draw(st.integers(1, 3)),

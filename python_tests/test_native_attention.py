@@ -5,14 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from torch import Tensor
 
 from reformer_kernels import Layout, LSHConfig
 from reformer_kernels import functional as F
@@ -20,7 +16,6 @@ from reformer_kernels import functional as F
 from .attention_cases import (
     EXAMPLES,
     NATIVE_DTYPES,
-    SELF_ONLY,
     STRIDES,
     Case,
     assert_agree,
@@ -33,7 +28,14 @@ from .attention_cases import (
     rule_of,
     solve,
 )
-from .helpers import TOLERANCE, assert_close, gradients, layout_from_buckets, normal, padding_mask, qkv, random_layout
+from .helpers import (
+    TOLERANCE,
+    assert_close,
+    gradients,
+    normal,
+    padding_mask,
+    qkv,
+)
 from .native_tools import isa, runnable_isas
 
 ISAS = runnable_isas()
@@ -55,13 +57,40 @@ def check(case: Case) -> None:
         assert not worse, f"error, and the reference's in float32: {worse}"
 
 
-@settings(property_test, max_examples=250 * EXAMPLES)
+@settings(property_test, max_examples=500 * EXAMPLES)
 @given(case=cases())
 def test_equals_reference(case: Case) -> None:
     check(case)
 
 
-WIDTHS = [1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 33, 48, 63, 64, 65, 96, 127, 128, 129, 200, 255, 256]
+WIDTHS = [
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    9,
+    12,
+    15,
+    16,
+    17,
+    24,
+    31,
+    33,
+    48,
+    63,
+    64,
+    65,
+    96,
+    127,
+    128,
+    129,
+    200,
+    255,
+    256,
+]
 
 
 @pytest.mark.parametrize("name", ISAS)
@@ -127,16 +156,17 @@ def test_gradients_come_in_the_layout_of_their_inputs(strides: str) -> None:
     if strides == "projection":
         q, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in case.inputs(torch.float32))
         q.requires_grad_(), v.requires_grad_()
-        out, lse = native(case, q, v, None)
+        out, _lse = native(case, q, v, None)
         assert out.stride() == v.stride()
         out.sum().backward()
-        assert q.grad is not None and q.grad.stride() == q.stride()
+        assert q.grad is not None
+        assert q.grad.stride() == q.stride()
 
 
 # Low precision
 
 
-LOW_PRECISION = settings(property_test, max_examples=60 * EXAMPLES)
+LOW_PRECISION = settings(property_test, max_examples=100 * EXAMPLES)
 
 
 @LOW_PRECISION
@@ -161,7 +191,8 @@ def test_dtypes_of_results(dtype: torch.dtype) -> None:
     q, k, v = qkv(2, 2, 40, 8, 5, dtype=dtype)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out, lse = F.local_attention(q, k, v, chunk_length=8, backend="native", return_lse=True)
-    assert out.dtype == dtype and lse.dtype == torch.float32
+    assert out.dtype == dtype
+    assert lse.dtype == torch.float32
     for grad in torch.autograd.grad(out.float().sum() + lse.sum(), leaves):
         assert grad.dtype == dtype
 
@@ -202,7 +233,9 @@ def test_seeds_of_64_bits() -> None:
     outs = {}
     for seed in (0, 1, 2**32, 2**63, 2**64 - 1):
         ours, theirs = (
-            F.lsh_attention(q, v, config, layout=F.lsh_layout(q, config, seed=0), dropout_p=0.5, seed=seed, backend=b)
+            F.lsh_attention(
+                q, v, config, layout=F.lsh_layout(q, config, seed=0), dropout_p=0.5, seed=seed, backend=b
+            )
             for b in ("native", "reference")
         )
         assert_close(ours, theirs)
@@ -217,15 +250,15 @@ def test_seeds_of_64_bits() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_paper_with_every_pair_joined_equals_full_attention(causal: bool, padded: bool) -> None:
-    """Two buckets, many rounds, whole buckets in reach: softmax attention over all pairs but a token and itself."""
+    """Two buckets, many rounds, whole buckets in reach: softmax over all pairs but self."""
     B, H, L, D = 2, 2, 96, 16
     config = LSHConfig.paper(
-        n_hashes=48, chunk_length=16, chunks_before=5, chunks_after=5, bucket_factors=2, causal=causal
+        n_hashes=48, chunk_length=16, chunks_before=5, chunks_after=5, bucket_factors=(2,), causal=causal
     )
     leaves = [x.requires_grad_() for x in qkv(B, H, L, D, 12)]
     q, _, v = leaves
     mask = padding_mask([70, L], L) if padded else None
-    options = {"key_padding_mask": mask, "seed": 1, "return_lse": True}
+    options: dict[str, Any] = {"key_padding_mask": mask, "seed": 1, "return_lse": True}
     layout = F.lsh_layout(q.float(), config, seed=1, key_padding_mask=mask, backend="native")
     rule = rule_of(chunk_length=16, chunks_before=5, chunks_after=5)
     met = pair_counts(layout, rule) > 0
@@ -233,7 +266,7 @@ def test_paper_with_every_pair_joined_equals_full_attention(causal: bool, padded
     pairs = tokens[:, None, :, None] & tokens[:, None, None, :] & ~torch.eye(L, dtype=torch.bool)
     assert bool((met | ~pairs).all()), "not every pair is joined: raise n_hashes"
 
-    out, lse = F.lsh_attention(q.float(), v.float(), config, backend="native", **options)  # type: ignore[call-overload]
+    out, lse = F.lsh_attention(q.float(), v.float(), config, backend="native", **options)
     if causal:
         pairs = pairs & torch.ones(L, L, dtype=torch.bool).tril(-1)
     k = q * torch.rsqrt(q.square().mean(-1, keepdim=True) + 1e-6) * D**-0.5
@@ -273,7 +306,8 @@ def test_padding_never_leaks(rule: str, value: str, name: str) -> None:
             dirty = [x.masked_fill(mask[:, None, :, None], HOSTILE[value]) for x in inputs]
             leaves = [x.requires_grad_() for x in dirty]
             out, lse = native(case, leaves[0], leaves[1], leaves[2] if len(leaves) > 2 else None)
-            assert torch.equal(out, clean.out) and torch.equal(lse, clean.lse)
+            assert torch.equal(out, clean.out)
+            assert torch.equal(lse, clean.lse)
             got = torch.autograd.grad(out.float().square().sum(), leaves)
             assert all(bool(g.isfinite().all()) for g in got)
             assert all(not g.masked_select(mask[:, None, :, None]).any() for g in got)
@@ -371,7 +405,7 @@ def test_float16_stays_finite() -> None:
         case = Case(rule, R=2, L=70)
         q = torch.full((1, 1, 70, 8), sign * 3e4, dtype=torch.float16)
         v = torch.full((1, 1, 70, 8), 6e4, dtype=torch.float16)
-        out, lse = native(case, q, v, q if not rule.exclude_self else None)
+        out, _lse = native(case, q, v, q if not rule.exclude_self else None)
         assert bool(out.isfinite().all())
 
 
@@ -406,18 +440,17 @@ def test_lengths_at_the_edge(rule: str) -> None:
 def test_neighbours_beyond_count(L: int) -> None:
     q, _, v = qkv(1, 1, L, 2, dtype=torch.float32)
     for config in (
-        LSHConfig.paper(chunk_length=1, chunks_before=2**16, chunks_after=2**16, bucket_factors=2),
-        LSHConfig(window="bucket", bucket_window=2**24, bucket_factors=2, n_hashes=30),
-        LSHConfig(window="bucket", bucket_window=2**24, bucket_factors=2, causal=True),
-        LSHConfig.trax(chunk_length=1, chunks_before=500, chunks_after=300, bucket_factors=2, n_hashes=2),
+        LSHConfig.paper(chunk_length=1, chunks_before=2**16, chunks_after=2**16, bucket_factors=(2,)),
+        LSHConfig(window="bucket", bucket_window=2**24, bucket_factors=(2,), n_hashes=30),
+        LSHConfig(window="bucket", bucket_window=2**24, bucket_factors=(2,), causal=True),
+        LSHConfig.trax(chunk_length=1, chunks_before=500, chunks_after=300, bucket_factors=(2,), n_hashes=2),
         LSHConfig.trax(
-            chunk_length=1, chunks_before=500, bucket_factors=2, n_hashes=2, correct_duplicates=True
+            chunk_length=1, chunks_before=500, bucket_factors=(2,), n_hashes=2, correct_duplicates=True
         ),
     ):
         layout = F.lsh_layout(q, config, seed=0)
         ours, theirs = (
-            F.attend(x, y, layout, config, return_lse=True)
-            for x, y in ((q, v), (q.double(), v.double()))
+            F.attend(x, y, layout, config, return_lse=True) for x, y in ((q, v), (q.double(), v.double()))
         )
         for a, e in zip(ours, theirs, strict=True):
             assert_close(a, e)
@@ -426,14 +459,14 @@ def test_neighbours_beyond_count(L: int) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_empty_batch(rule: str) -> None:
     q, v = torch.zeros(0, 2, 30, 8, requires_grad=True), torch.zeros(0, 2, 30, 5, requires_grad=True)
-    layout = Layout(
-        torch.zeros(0, 2, 2, 30, dtype=torch.int32), torch.zeros(0, 2, 2, 6, dtype=torch.int32)
-    )
+    layout = Layout(torch.zeros(0, 2, 2, 30, dtype=torch.int32), torch.zeros(0, 2, 2, 6, dtype=torch.int32))
     arguments = (layout.order, layout.bucket_starts, None, None, RULES[rule].pack(), 1.0, 0.0)
     out, lse = torch.ops.reformer_kernels.native_attention(q, None, v, *arguments)
-    assert out.shape == (0, 2, 30, 5) and lse.shape == (0, 2, 30)
+    assert out.shape == (0, 2, 30, 5)
+    assert lse.shape == (0, 2, 30)
     out.sum().backward()
-    assert q.grad is not None and q.grad.shape == q.shape
+    assert q.grad is not None
+    assert q.grad.shape == q.shape
 
 
 def test_all_padding() -> None:
@@ -445,7 +478,8 @@ def test_all_padding() -> None:
             inputs[0], inputs[2] if len(inputs) > 2 else None, inputs[1], layout.order,
             layout.bucket_starts, bias, None, rule.pack(), 1.0, 0.0,
         )  # fmt: skip
-        assert not out.any() and bool((lse == -math.inf).all())
+        assert not out.any()
+        assert bool((lse == -math.inf).all())
         for grad in torch.autograd.grad(out.sum() + lse.clamp_min(-1).sum(), inputs):
             assert not grad.any()
 
@@ -460,5 +494,6 @@ def test_a_million_tokens(window: str) -> None:
     out = F.lsh_attention(q, v, config, seed=0, backend="native")
     assert bool(((out - 1).abs() < 1e-5).all())
     out.sum().backward()
-    assert v.grad is not None and abs(float(v.grad.double().sum()) / L - 1) < 1e-5
+    assert v.grad is not None
+    assert abs(float(v.grad.double().sum()) / L - 1) < 1e-5
     assert bool((v.grad >= 0).all())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -62,8 +63,10 @@ def test_one_head_in_many_rounds_repeats_itself() -> None:
 
 
 APPENDED = [
-    LSHConfig(window="bucket", causal=True, bucket_window=w, bucket_factors=f, n_hashes=n, correct_duplicates=c)
-    for (w, f), n, c in itertools.product([(5, 4), (40, (4, 2)), (128, 2)], (1, 2, 4), (False, True))
+    LSHConfig(
+        window="bucket", causal=True, bucket_window=w, bucket_factors=f, n_hashes=n, correct_duplicates=c
+    )
+    for (w, f), n, c in itertools.product([(5, (4,)), (40, (4, 2)), (128, (2,))], (1, 2, 4), (False, True))
 ]
 
 
@@ -74,10 +77,10 @@ def test_appending_tokens_changes_no_bit_of_earlier_outputs(name: str, dtype: to
     with isa(name):
         for config in APPENDED:
             rotations = F.sample_rotations(config, 2, 20, 3)
-            options = {"rotations": rotations, "backend": "native", "return_lse": True}
-            whole = F.lsh_attention(q, v, config, **options)  # type: ignore[call-overload]
+            options: dict[str, Any] = {"rotations": rotations, "backend": "native", "return_lse": True}
+            whole = F.lsh_attention(q, v, config, **options)
             for L in (1, 2, 17, 63, 64, 65, 100, 201, 399):
-                part = F.lsh_attention(q[:, :, :L], v[:, :, :L], config, **options)  # type: ignore[call-overload]
+                part = F.lsh_attention(q[:, :, :L], v[:, :, :L], config, **options)
                 for a, b in zip(part, whole, strict=True):
                     assert same_bits(a, b[:, :, :L]), (config, L)
 
@@ -95,7 +98,7 @@ def test_appending_tokens_to_an_attended_layout() -> None:
 
 @pytest.mark.parametrize("window", [3000, 6000])
 def test_appending_tokens_with_a_window_of_thousands(window: int) -> None:
-    config = LSHConfig(window="bucket", causal=True, bucket_window=window, bucket_factors=2, n_hashes=1)
+    config = LSHConfig(window="bucket", causal=True, bucket_window=window, bucket_factors=(2,), n_hashes=1)
     q, v = normal(1, 1, 13_000, 4, dtype=torch.float32), normal(1, 1, 13_000, 2, dtype=torch.float32, seed=1)
     rotations = F.sample_rotations(config, 1, 4, 3)
     whole = F.lsh_attention(q, v, config, rotations=rotations, backend="native")
@@ -105,11 +108,15 @@ def test_appending_tokens_with_a_window_of_thousands(window: int) -> None:
 
 
 PADDED = {
-    "paper": LSHConfig.paper(chunk_length=16, bucket_factors=4, n_hashes=2),
-    "paper causal": LSHConfig.paper(chunk_length=16, bucket_factors=4, n_hashes=3, causal=True),
-    "bucket": LSHConfig(window="bucket", bucket_window=20, bucket_factors=4, n_hashes=2),
-    "bucket causal": LSHConfig(window="bucket", bucket_window=20, bucket_factors=4, n_hashes=2, causal=True),
-    "across": LSHConfig.paper(chunk_length=16, bucket_factors=4, attend_across_buckets=True, chunks_after=1),
+    "paper": LSHConfig.paper(chunk_length=16, bucket_factors=(4,), n_hashes=2),
+    "paper causal": LSHConfig.paper(chunk_length=16, bucket_factors=(4,), n_hashes=3, causal=True),
+    "bucket": LSHConfig(window="bucket", bucket_window=20, bucket_factors=(4,), n_hashes=2),
+    "bucket causal": LSHConfig(
+        window="bucket", bucket_window=20, bucket_factors=(4,), n_hashes=2, causal=True
+    ),
+    "across": LSHConfig.paper(
+        chunk_length=16, bucket_factors=(4,), attend_across_buckets=True, chunks_after=1
+    ),
 }
 
 
@@ -120,16 +127,16 @@ def test_a_padded_row_equals_the_row_alone(name: str, dtype: torch.dtype) -> Non
     lengths = [L, 97, 64, 17]
     q, v = normal(4, 2, L, 20, dtype=dtype), normal(4, 2, L, 12, dtype=dtype, seed=1)
     rotations = F.sample_rotations(config, 2, 20, 3)
-    options = {"rotations": rotations, "backend": "native", "return_lse": True}
+    options: dict[str, Any] = {"rotations": rotations, "backend": "native", "return_lse": True}
     mask = padding_mask(lengths, L)
     q.masked_fill_(mask[:, None, :, None], torch.nan)
     together = [x.requires_grad_() for x in (q.clone(), v)]
-    out, lse = F.lsh_attention(*together, config, key_padding_mask=mask, **options)  # type: ignore[call-overload]
+    out, lse = F.lsh_attention(*together, config, key_padding_mask=mask, **options)
     weights = normal(*out.shape, dtype=dtype, seed=5).masked_fill(mask[:, None, :, None], 0)
     grads = torch.autograd.grad((out * weights).sum(), together)
     for b, length in enumerate(lengths):
         alone = [x[b : b + 1, :, :length].detach().requires_grad_() for x in together]
-        one, one_lse = F.lsh_attention(*alone, config, **options)  # type: ignore[call-overload]
+        one, one_lse = F.lsh_attention(*alone, config, **options)
         assert same_bits(one, out[b : b + 1, :, :length])
         assert same_bits(one_lse, lse[b : b + 1, :, :length])
         got = torch.autograd.grad((one * weights[b : b + 1, :, :length]).sum(), alone)
@@ -153,5 +160,3 @@ def test_heads_and_batch_do_not_meet() -> None:
                 part.bucket_starts.contiguous(), None, None, one.rule.pack(), 1.0, 0.0,
             )[0]  # fmt: skip
             assert same_bits(got, out[b : b + 1, h : h + 1])
-
-

@@ -1,10 +1,11 @@
-"""The native attention as a citizen of PyTorch: operator contract, compile, threads, forks, memory, errors."""
+"""The native attention in PyTorch: operator contract, compile, threads, forks, memory, errors."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import math
+import os
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils.data import DataLoader, Dataset
 
 from reformer_kernels import Layout, LSHConfig, _native
@@ -25,7 +27,7 @@ from reformer_kernels.modules import LocalSelfAttention, LSHSelfAttention
 from reformer_kernels.ops.attention import op
 
 from .attention_cases import Case, arrange, rule_of
-from .helpers import assert_close, gradients, normal, padding_mask, qkv, random_layout
+from .helpers import assert_close, gradients, normal, padding_mask, qkv
 from .native_tools import torch_threads
 from .test_native_attention import RULES
 
@@ -85,13 +87,11 @@ COMPILED: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Ten
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles_with_a_symbolic_length(name: str, backend: str) -> None:
     """One graph, at most two compilations while L varies, the same numbers forward and backward."""
-    if backend == "inductor" and name != "paper":
-        pytest.skip("inductor is slow to compile: one function stands for all")
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     function = COMPILED[name]
 
-    def call(x: Tensor, k: Tensor, v: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    def call(x: Tensor, k: Tensor, v: Tensor, m: Tensor) -> tuple[Tensor, ...]:
         out, lse = function(2 * x, k, v, m)  # something to fuse around the operators
         return torch.sin(out), lse
 
@@ -100,10 +100,11 @@ def test_compiles_with_a_symbolic_length(name: str, backend: str) -> None:
         leaves = [x.requires_grad_() for x in qkv(2, 2, L, 8, 6, dtype=torch.float32)]
         mask = padding_mask([L - 5, L], L)
         ours, eager = compiled(*leaves, mask), call(*leaves, mask)
-        for a, e in zip(ours, eager, strict=True):
-            assert_close(torch.where(e.isfinite(), a, 0), torch.where(e.isfinite(), e, 0), 1e-5)
-        ours, eager = ([x[0], torch.where(e[1].isfinite(), x[1], 0)] for x, e in ((ours, eager), (eager, eager)))
-        for a, e in zip(gradients(ours, leaves), gradients(eager, leaves), strict=True):
+        finite = eager[1].isfinite()
+        outputs = [[out, torch.where(finite, lse, 0)] for out, lse in (ours, eager)]
+        for a, e in zip(*outputs, strict=True):
+            assert_close(a, e, 1e-5)
+        for a, e in zip(*(gradients(x, leaves) for x in outputs), strict=True):
             assert_close(a, e, 1e-5)
     assert counter.frame_count <= 2
 
@@ -116,12 +117,14 @@ def test_autocast(cast: torch.dtype) -> None:
     with torch.autocast("cpu", cast):
         out, lse = F.lsh_attention(q, v, config, seed=0, backend="native", return_lse=True)
         local = F.local_attention(q, k, v, chunk_length=8, backend="native")
-    assert out.dtype == local.dtype == cast and lse.dtype == torch.float32
+    assert out.dtype == local.dtype == cast
+    assert lse.dtype == torch.float32
     by_hand = F.lsh_attention(q.to(cast), v.to(cast), config, seed=0, backend="native")
     assert torch.equal(out, by_hand)
     ours, theirs = gradients([out], [q, v]), gradients([by_hand], [q, v])
     for a, e in zip(ours, theirs, strict=True):
-        assert a.dtype == torch.float32 and torch.equal(a, e)
+        assert a.dtype == torch.float32
+        assert torch.equal(a, e)
 
 
 def test_double_backward_says_no() -> None:
@@ -139,23 +142,16 @@ def test_functional_transforms_are_right_or_refused() -> None:
     def loss(q: Tensor) -> Tensor:
         return F.lsh_attention(q, v, config, seed=0, backend="native").square().sum()
 
-    leaf = q.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(loss(leaf), leaf)
-    for transform in (
-        lambda: torch.func.grad(loss)(q),
-        lambda: torch.func.vjp(loss, q)[1](torch.tensor(1.0))[0],
-        lambda: torch.func.vmap(torch.func.grad(loss))(q[None])[0],
-        lambda: torch.func.jvp(loss, (q,), (torch.ones_like(q),))[1],
-    ):
-        try:
-            got = transform()
-        except (RuntimeError, NotImplementedError) as error:
-            assert str(error)
-        else:
-            if got.dim() == 0:
-                assert_close(got, expected.sum())
-            else:
-                assert_close(got, expected)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(loss)(q)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.vjp(loss, q)[1](torch.tensor(1.0))
+    with pytest.raises(NotImplementedError, match=r"no forward-mode derivative; use backend='reference'"):
+        torch.func.jvp(loss, (q,), (torch.ones_like(q),))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        loss(forward_ad.make_dual(q, torch.ones_like(q)))
+    batch = torch.stack([q, 2 * q])
+    assert torch.equal(torch.func.vmap(loss)(batch), torch.stack([loss(x) for x in batch]))
 
 
 def test_inference_mode_and_no_grad() -> None:
@@ -167,7 +163,8 @@ def test_inference_mode_and_no_grad() -> None:
         with context():
             out = F.lsh_attention(q, v, config, seed=0, backend="native")
             F.local_attention(q, k, v, chunk_length=8, backend="native")
-        assert not out.requires_grad and torch.equal(out, expected)
+        assert not out.requires_grad
+        assert torch.equal(out, expected)
 
 
 def test_only_what_is_asked_for_is_differentiated() -> None:
@@ -180,7 +177,8 @@ def test_only_what_is_asked_for_is_differentiated() -> None:
     q.requires_grad_()
     _, lse = F.local_attention(q, k, v, chunk_length=8, backend="native", return_lse=True)
     lse.sum().backward()  # out is not used
-    assert q.grad is not None and bool(q.grad.isfinite().all())
+    assert q.grad is not None
+    assert bool(q.grad.isfinite().all())
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
@@ -207,10 +205,9 @@ class _Attends(Dataset):
         return 4
 
     def __getitem__(self, i: int) -> Tensor:
-        q = normal(1, 2, 300, 8, dtype=torch.float32, seed=i).requires_grad_()
-        F.lsh_attention(q, q, LSHConfig(chunk_length=16), seed=0, backend="native").square().sum().backward()
-        assert q.grad is not None
-        return q.grad
+        # Forward only: torch's own autograd refuses to run after a fork.
+        q = normal(1, 2, 300, 8, dtype=torch.float32, seed=i)
+        return F.lsh_attention(q, q, LSHConfig(chunk_length=16), seed=0, backend="native")
 
 
 def test_dataloader_workers() -> None:
@@ -261,7 +258,8 @@ def test_several_python_threads_at_once() -> None:
     with torch_threads(2), ThreadPoolExecutor(4) as pool:
         for _ in range(3):
             for got, want in zip(pool.map(work, inputs), expected, strict=True):
-                assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+                assert torch.equal(got[0], want[0])
+                assert torch.equal(got[1], want[1])
 
 
 @pytest.mark.parametrize("make", [
@@ -281,7 +279,7 @@ def test_deepcopy_of_modules(make: Callable[[], torch.nn.Module]) -> None:
 def test_working_memory() -> None:
     """At most half of qk, v, out and their gradients, by the kernels' own count."""
     B, H, L, D, R = 1, 8, 16384, 64, 4
-    q, _, v = qkv(1, H, 64, D, dtype=torch.float32)
+    q, _, _v = qkv(1, H, 64, D, dtype=torch.float32)
     native = _native.extension()
     tensors = 6 * B * H * L * D * 4
     for rule in (rule_of(chunk_length=64), dataclasses.replace(RULES["trax"], chunk_length=64)):
@@ -298,7 +296,9 @@ def test_working_memory() -> None:
             assert max(forward, backward) + layout + lse <= 0.5 * tensors
 
 
-@pytest.mark.skipif(not memory.can_measure(torch.device("cpu")), reason="/proc/self/clear_refs is not writable")
+@pytest.mark.skipif(
+    not memory.can_measure(torch.device("cpu")), reason="/proc/self/clear_refs is not writable"
+)
 def test_working_memory_as_the_system_counts_it() -> None:
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(
@@ -319,7 +319,7 @@ def test_working_memory_as_the_system_counts_it() -> None:
             """
         )],
         capture_output=True, text=True, timeout=100, check=False,
-        env={**__import__("os").environ, "MALLOC_MMAP_THRESHOLD_": str(memory.OWN_MAPPING_ABOVE)},
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(memory.OWN_MAPPING_ABOVE)},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     tensor = 8 * 16384 * 64 * 4
@@ -331,7 +331,7 @@ def test_working_memory_as_the_system_counts_it() -> None:
 
 
 def test_layouts_that_are_none() -> None:
-    config = LSHConfig(chunk_length=8, n_hashes=2, bucket_factors=4)
+    config = LSHConfig(chunk_length=8, n_hashes=2, bucket_factors=(4,))
     q, _, v = qkv(2, 2, 40, 4, dtype=torch.float32)
     good = F.lsh_layout(q, config, seed=0, backend="native")
     for place, value in ((0, -1), (0, 40), (7, int(good.order[1, 1, 1, 8])), (39, 2**31 - 1), (3, -(2**31))):
@@ -349,7 +349,7 @@ def test_layouts_that_are_none() -> None:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_bad_layout_is_found_whatever_the_threads(threads: int) -> None:
-    config = LSHConfig(chunk_length=8, n_hashes=3, bucket_factors=4)
+    config = LSHConfig(chunk_length=8, n_hashes=3, bucket_factors=(4,))
     q, _, v = qkv(4, 8, 40, 4, dtype=torch.float32)
     good = F.lsh_layout(q, config, seed=0, backend="native")
     with torch_threads(threads):
@@ -361,21 +361,20 @@ def test_a_bad_layout_is_found_whatever_the_threads(threads: int) -> None:
 
 
 @pytest.mark.parametrize("window", ["chunks", "bucket"])
-def test_unsorted_buckets_are_refused_or_attended_right(window: Any) -> None:
-    """The causal kernels take ranks in a bucket for positions: only a sorted layout will do."""
-    config = LSHConfig(chunk_length=16, n_hashes=1, bucket_factors=2, window=window, causal=True)
+def test_unsorted_buckets_are_refused(window: Any) -> None:
+    """The causal kernels take ranks in a bucket for positions; others do not mind."""
+    config = LSHConfig(chunk_length=16, n_hashes=1, bucket_factors=(2,), window=window, causal=True)
     q, _, v = qkv(1, 1, 40, 4, dtype=torch.float32)
     good = F.lsh_layout(q, config, seed=0)
     layout = Layout(good.order.flip(-1).contiguous(), good.bucket_starts)
-    try:
-        out = F.attend(q, v, layout, config, backend="native")
-    except ValueError as error:
-        assert "sorted" in str(error)
-    else:
-        assert_close(out, F.attend(q.double(), v.double(), layout, config))
+    with pytest.raises(ValueError, match="positions must rise within each bucket"):
+        F.attend(q, v, layout, config, backend="native")
+    config = dataclasses.replace(config, causal=False)
+    out = F.attend(q, v, layout, config, backend="native")
+    assert_close(out, F.attend(q.double(), v.double(), layout, config))
 
 
-WRONG: dict[str, tuple[dict[str, Any], type[Exception]]] = {
+WRONG: dict[str, tuple[dict[str, Any], type[Exception] | tuple[type[Exception], ...]]] = {
     "rank of q": ({"q": torch.zeros(2, 40, 8)}, ValueError),
     "double": ({"q": torch.zeros(2, 2, 40, 8).double()}, TypeError),
     "v dtype": ({"v": torch.zeros(2, 2, 40, 5).half()}, TypeError),
@@ -383,7 +382,6 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception]]] = {
     "v heads": ({"v": torch.zeros(2, 1, 40, 5)}, ValueError),
     "v rank": ({"v": torch.zeros(2, 40, 5)}, ValueError),
     "k shape": ({"k": torch.zeros(2, 2, 40, 7)}, ValueError),
-    "meta": ({"v": torch.zeros(2, 2, 40, 5, device="meta")}, (ValueError, NotImplementedError)),
     "order dtype": ({"order": torch.zeros(2, 2, 2, 40, dtype=torch.int64)}, TypeError),
     "order shape": ({"order": torch.zeros(2, 2, 2, 39, dtype=torch.int32)}, ValueError),
     "order rank": ({"order": torch.zeros(2, 2, 40, dtype=torch.int32)}, (ValueError, IndexError)),
@@ -433,7 +431,13 @@ def test_the_operator_refuses_what_it_cannot_do(name: str) -> None:
 def test_the_backward_operator_refuses_what_it_cannot_do() -> None:
     args = [x.detach() if isinstance(x, Tensor) else x for x in arguments(CASES["plain"])]
     out, lse = OPS.native_attention(*args)
-    for place, wrong in ((0, out[:, :1]), (1, lse[..., 1:]), (2, out[..., 1:]), (3, lse.double()), (0, out.half())):
+    for place, wrong in (
+        (0, out[:, :1]),
+        (1, lse[..., 1:]),
+        (2, out[..., 1:]),
+        (3, lse.double()),
+        (0, out.half()),
+    ):
         values = [out, lse, out, lse]
         values[place] = wrong
         with pytest.raises((ValueError, TypeError)):
