@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -179,8 +180,9 @@ def test_low_precision(case: Case) -> None:
         expected = solve(case, exact, [x.double() for x in rounded])
         ours = errors(case, solve(case, native, rounded), expected)
         plain = errors(case, solve(case, dense, rounded), expected, finite=False)
-        # The plain formula is exact now and then (one key, p = 1); rounding the result costs half an ulp.
-        floor = torch.finfo(dtype).eps
+        # The plain formula is exact now and then (one key, p = 1), where what is saved for backward, out,
+        # is rounded.
+        floor = 2 * torch.finfo(dtype).eps
         worse = {n: (e, plain[n]) for n, e in ours.items() if e > max(2 * plain[n], floor)}
         assert not worse, f"{dtype}: error, and PyTorch's: {worse}"
         assert ours["lse"] < 1e-4, "the log-sum-exp is float32"
