@@ -17,6 +17,7 @@ enum class Status : int32_t {
   kOk = 0,
   kBadOrder = 1,   // an order is not a permutation of 0..L-1
   kBadStarts = 2,  // bucket starts do not rise from 0 to L
+  kUnsorted = 3,   // positions do not rise within a bucket, where the kernels rely on it
 };
 
 // A (B, H, L, D) array with a contiguous last dimension.

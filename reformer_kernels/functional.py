@@ -22,6 +22,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _autocast
 from ._backend import resolve_backend
@@ -520,6 +521,7 @@ def _attend(
     q, v, k = _rows(q), _rows(v), None if k is None else _rows(k)
     order, starts = layout.order.contiguous(), layout.bucket_starts.contiguous()
     if backend == "native":
+        _refuse_forward_mode(q, k, v)
         return torch.ops.reformer_kernels.native_attention(
             q, k, v, order, starts, key_bias, drawn, rule.pack(), scale, dropout_p
         )
@@ -698,6 +700,17 @@ def _check_dropout(dropout_p: float) -> None:
     number = isinstance(dropout_p, (int, float)) and not isinstance(dropout_p, bool)
     if not number or not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be a number in [0, 1), got {dropout_p!r}; 1 would drop everything")
+
+
+def _refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Autograd formulas of custom operators know reverse mode only: torch would drop tangents in silence."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "attention's native kernels have no forward-mode derivative; use backend='reference' for "
+            "torch.func.jvp and dual numbers"
+        )
 
 
 def _kind(x: object) -> str:

@@ -16,6 +16,9 @@ namespace reformer {
 namespace REFORMER_ISA {
 namespace {
 
+// Of a probability before it is divided by the number of times that its pair is met; more is rounding.
+constexpr float kLargestExponent = 64.0f;
+
 // float32 sums of one head, by position: grad_q and grad_v in place where they are float32.
 struct Sums {
   float *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr;
@@ -182,8 +185,15 @@ class BackwardWorker {
       const vint visible = rule_.template visible<kCompare>(tile_, i, panel, keys, half);
       vfloat s = load(probabilities + half);
       if (!keys.plain) s += load(keys.bias + half);
-      vfloat p = exp2_of(s - lse_[i]);
-      if (kWeighted && codes) p *= rule_.inverse_count(row_codes_ + i * p_.R, codes, half, tile_.round);
+      // A rounded log-sum-exp may fall below its own largest logit; of huge ones, far enough to overflow.
+      vfloat p;
+      if (kWeighted && codes) {
+        p = vmin(exp2_of(vmin(s - lse_[i], splat(kLargestExponent))) *
+                     rule_.inverse_count(row_codes_ + i * p_.R, codes, half),
+                 splat(1.0f));
+      } else {
+        p = exp2_of(vmin(s - lse_[i], vfloat{}));
+      }
       p = select(visible, p, vfloat{});
       vfloat grad = load(grad_probabilities + half);
       vfloat dropped = p;
@@ -243,6 +253,7 @@ struct Workspace {
   const AttentionParams& p;
   const AttentionGradients& g;
   float *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr, *delta = nullptr;  // (heads, L, ...)
+  uint8_t* seen = nullptr;                                                             // (heads, R, L)
   HeadTables tables;
   char* workers = nullptr;
   size_t worker_bytes = 0;
@@ -257,6 +268,7 @@ struct Workspace {
     }
     if (!kIsFloat<T> || !p.k.data) grad_k = arena->take<float>(rows * p.D);
     delta = arena->take<float>(rows);
+    seen = arena->take<uint8_t>(rows * p.R);
     Arena one;
     BackwardWorker<T>(p, g, plan, &one);
     worker_bytes = one.used;
@@ -337,7 +349,7 @@ void finish_row(const AttentionParams& p, const AttentionGradients& g, const Pla
 }
 
 template <typename T>
-void backward(const AttentionParams& p, const AttentionGradients& g) {
+Status backward(const AttentionParams& p, const AttentionGradients& g) {
   using Part = typename BackwardWorker<T>::Part;
   constexpr int64_t kRowsPerTask = 256;
   const Plan plan = make_plan(p);
@@ -345,6 +357,7 @@ void backward(const AttentionParams& p, const AttentionGradients& g) {
   const Workspace<T> workspace(p, g, plan, &arena);
   const int64_t row_tasks = ceil_div(p.L, kRowsPerTask);
   const bool crossings = p.rule.ring && !plan.inside_bucket;
+  Status status = Status::kOk;
 #pragma omp parallel num_threads(p.threads)
   {
     Arena own{workspace.workers + static_cast<size_t>(thread_index()) * workspace.worker_bytes, 0};
@@ -360,11 +373,19 @@ void backward(const AttentionParams& p, const AttentionGradients& g) {
         for (int64_t i = begin; i < min_of(begin + kRowsPerTask, p.L); ++i)
           prepare_row<T>(p, g, head, sums, i);
       }
-      if (workspace.tables.codes) {
+      // Looked at again: a caller of the operator may have changed the layout since.
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < heads * p.R; ++task)
-          write_codes(p, plan, workspace.head_at(first, task / p.R), task % p.R);
+      for (int64_t task = 0; task < heads * p.R; ++task) {
+        const Head head = workspace.head_at(first, task / p.R);
+        const Status found = check_layout(p, plan, head, task % p.R, workspace.seen + task * p.L);
+        if (found != Status::kOk) {
+#pragma omp atomic write
+          status = found;
+        } else if (head.codes) {
+          write_codes(p, plan, head, task % p.R);
+        }
       }
+      if (status != Status::kOk) break;  // one value for all threads, by the barrier
       for (int64_t round = 0; round < p.R; ++round) {
         for (int64_t parity = 0; parity < 2; ++parity) {
           const int64_t segments = (plan.segments + 1 - parity) / 2;
@@ -395,6 +416,7 @@ void backward(const AttentionParams& p, const AttentionGradients& g) {
       }
     }
   }
+  return status;
 }
 
 template <typename T>
@@ -423,15 +445,9 @@ size_t attention_backward_workspace_bytes(const AttentionParams& p) {
 Status attention_backward(const AttentionParams& p, const AttentionGradients& g) {
   if (p.B * p.H == 0 || p.L == 0) return Status::kOk;
   switch (p.dtype) {
-    case DType::kFloat32:
-      backward<float>(p, g);
-      break;
-    case DType::kBFloat16:
-      backward<BFloat16>(p, g);
-      break;
-    case DType::kFloat16:
-      backward<Float16>(p, g);
-      break;
+    case DType::kFloat32: return backward<float>(p, g);
+    case DType::kBFloat16: return backward<BFloat16>(p, g);
+    case DType::kFloat16: return backward<Float16>(p, g);
   }
   return Status::kOk;
 }

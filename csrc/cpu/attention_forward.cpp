@@ -160,8 +160,8 @@ class ForwardWorker {
           sums += next;
         }
       }
-      const float sum =
-          p_.rule.bucket_window ? sum_from_first_key(i, met[0], count, row) : sum_of_lanes(sums);
+      float sum = p_.rule.bucket_window ? sum_from_first_key(i, met[0], count, row) : sum_of_lanes(sums);
+      if (maximum == -kInfinity && sees_any<kCompare>(group, i)) sum = __builtin_nanf("");
       if (factors_)
         for (int m = 0; m < count; ++m) {
           const float* factors = factors_ + (i * plan_.block_panels + met[m] - from) * kPanel;
@@ -180,9 +180,23 @@ class ForwardWorker {
     }
   }
 
-  // The sum of row i's probabilities over `count` panels from panel `low` on, with lanes counted from the
-  // row's first key. In a bucket window the order of addition is then the same wherever in a tile the row
-  // lies: appended tokens, which move whole buckets, change no bit of earlier rows.
+  // Whether a row that has no logit above -inf has keys at all: if it has, its logits overflowed, and a row that
+  // nothing is known of must not pass for an empty one.
+  template <PairRule::Compare kCompare>
+  bool sees_any(int group, int i) const {
+    const int64_t* met = met_ + group * plan_.block_panels;
+    vint any{};
+    for (int m = 0; m < met_count_[group]; ++m)
+      for (int half = 0; half < kPanel; half += kLanes)
+        any |= rule_.template visible<kCompare>(tile_, i, met[m], panels_.panel(met[m]), half);
+    int32_t found = 0;
+    for (int lane = 0; lane < kLanes; ++lane) found |= any[lane];
+    return found != 0;
+  }
+
+  // The sum of row i's probabilities over `count` panels from panel `low` on, with lanes counted from the row's
+  // first key. In a bucket window the order of addition is then the same wherever in a tile the row lies:
+  // appended tokens, which move whole buckets, change no bit of earlier rows.
   float sum_from_first_key(int i, int64_t low, int64_t count, float* row) const {
     store(row + count * kPanel, vfloat{});
     const int64_t begin = max_of<int64_t>(tile_.low[i] - low * kPanel, 0);
@@ -226,6 +240,7 @@ class ForwardWorker {
 
   void finish(const Head& head, int64_t position, float maximum, float sum, float* out) {
     float lse = maximum * kLn2 + __builtin_logf(sum), scale = 1.0f / sum;
+    if (lse == kSelfOnlyLse) lse = __builtin_nextafterf(lse, 0.0f);  // the mark of a row that saw only itself
     if (sum == 0.0f) {  // nothing to attend to
       const bool itself = p_.rule.exclude_self && !is_padding(head, position);
       if (itself) load_row(row_of<const T>(p_.v, head.b, head.h, position), p_.Dv, plan_.dv_padded, out);
@@ -314,7 +329,7 @@ Status forward(const AttentionParams& p) {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < heads * p.R; ++task) {
         const Head head = workspace.tables.head(p, first, task / p.R);
-        const Status found = check_layout(p, head, task % p.R, workspace.seen + task * p.L);
+        const Status found = check_layout(p, plan, head, task % p.R, workspace.seen + task * p.L);
         if (found != Status::kOk) {
 #pragma omp atomic write
           status = found;

@@ -74,7 +74,7 @@ static inline Plan make_plan(const AttentionParams& p) {
   const int64_t needed = ceil_div(below + kTileRows + above, kPanel) + 2 * kTileRows / kPanel;
   // In a bucket window all logits of a row are held at once (up to a size): its sum then does not depend
   // on where in the tile the row lies, so appending tokens changes no bit of earlier outputs.
-  plan.block_panels = min_of<int64_t>(needed, rule.bucket_window ? 4096 / kPanel : 512 / kPanel);
+  plan.block_panels = min_of<int64_t>(needed, rule.bucket_window ? 65536 / kPanel : 512 / kPanel);
   plan.cached_panels = 1;
   while (plan.cached_panels < max_of(plan.block_panels, min_of<int64_t>(needed, 1024 / kPanel)))
     plan.cached_panels *= 2;
@@ -152,7 +152,8 @@ REFORMER_INLINE int64_t bucket_of_rank(const int32_t* starts, int64_t starts_siz
   return low;
 }
 
-static inline Status check_layout(const AttentionParams& p, const Head& head, int64_t round, uint8_t* seen) {
+static inline Status check_layout(const AttentionParams& p, const Plan& plan, const Head& head, int64_t round,
+                                  uint8_t* seen) {
   const int32_t* order = head.order + round * p.L;
   memset(seen, 0, static_cast<size_t>(p.L));
   for (int64_t i = 0; i < p.L; ++i) {
@@ -163,6 +164,10 @@ static inline Status check_layout(const AttentionParams& p, const Head& head, in
   if (starts[0] != 0 || starts[p.starts_size - 1] != p.L) return Status::kBadStarts;
   for (int64_t x = 1; x < p.starts_size; ++x)
     if (starts[x] < starts[x - 1]) return Status::kBadStarts;
+  if (!p.rule.causal || !plan.inside_bucket) return Status::kOk;
+  for (int64_t x = 1; x < p.starts_size; ++x)
+    for (int64_t i = starts[x - 1] + 1; i < starts[x]; ++i)
+      if (order[i] < order[i - 1]) return Status::kUnsorted;
   return Status::kOk;
 }
 

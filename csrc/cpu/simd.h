@@ -57,6 +57,7 @@ REFORMER_INLINE vint splat(int32_t x) { return x - vint{}; }
 // Lanes of `a` where `mask` is set (all ones), of `b` elsewhere.
 REFORMER_INLINE vfloat select(vint mask, vfloat a, vfloat b) { return mask ? a : b; }
 REFORMER_INLINE vfloat vmax(vfloat a, vfloat b) { return a > b ? a : b; }
+REFORMER_INLINE vfloat vmin(vfloat a, vfloat b) { return a > b ? b : a; }  // NaN stays, from `a`
 REFORMER_INLINE vint iota() {
   vint v{};
 #pragma GCC unroll 16

@@ -7,13 +7,17 @@ differentiable. The arguments are those of `reference.attention`, the rule as `A
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from reformer_kernels import _native
-from reformer_kernels.config import AttentionRule
+from reformer_kernels.config import KEY_NORMS, MAX_CHUNK_LENGTH, MAX_NEIGHBOURS, AttentionRule
+
+MAX_HEAD_DIM = 256
+"""Of q, k and v: kernels keep a row on the stack."""
 
 MAX_HEAD_DIM = 256
 _RULE_FIELDS = [field.name for field in dataclasses.fields(AttentionRule)]
@@ -45,14 +49,43 @@ def _contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.size(-1) == 1 else tensor.contiguous()
 
 
-def _check_limits(dim: int, value_dim: int, rule: list[int]) -> None:
-    """What the kernels take for granted and `functional` has checked; a direct call may not have."""
-    if not (1 <= dim <= MAX_HEAD_DIM and 1 <= value_dim <= MAX_HEAD_DIM):
-        raise ValueError(f"head dimensions must be in 1..{MAX_HEAD_DIM}, got {dim} and {value_dim}")
+_RULE_FIELDS = [field.name for field in dataclasses.fields(AttentionRule)]
+
+
+def _check_sizes(q: Tensor, v: Tensor, order: Tensor, bucket_starts: Tensor) -> None:
+    """What `_native.pointer` cannot tell from one tensor. The public functions' checks say it better."""
+    for name, x in (("q", q), ("v", v), ("order", order), ("bucket_starts", bucket_starts)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(x.shape)}")
+    for name, x in (("q", q), ("v", v)):
+        if not 1 <= x.size(-1) <= MAX_HEAD_DIM:
+            raise ValueError(f"{name}'s last dimension must be in 1..{MAX_HEAD_DIM}, got {x.size(-1)}")
+    if order.size(2) < 1 or bucket_starts.size(3) < 2:
+        raise ValueError(
+            "order must have a round, and bucket_starts two entries or more, got shapes "
+            f"{tuple(order.shape)} and {tuple(bucket_starts.shape)}"
+        )
+
+
+def _check_options(rule: list[int], scale: float, dropout_p: float) -> None:
     if len(rule) != len(_RULE_FIELDS):
-        raise ValueError(f"rule must be AttentionRule.pack(), {len(_RULE_FIELDS)} integers, got {len(rule)}")
-    if rule[_RULE_FIELDS.index("chunk_length")] < 1 or not all(0 <= number < 2**31 for number in rule):
-        raise ValueError(f"rule must be AttentionRule.pack() of a valid rule, got {rule}")
+        raise ValueError(f"rule must be what AttentionRule.pack() gives, got {rule}")
+    fields = AttentionRule(*rule)  # type: ignore[arg-type]
+    sizes = {
+        "chunk_length": (1, MAX_CHUNK_LENGTH),
+        "chunks_before": (0, MAX_NEIGHBOURS),
+        "chunks_after": (0, MAX_NEIGHBOURS),
+        "window_before": (0, MAX_CHUNK_LENGTH * MAX_NEIGHBOURS * 4),
+        "window_after": (0, MAX_CHUNK_LENGTH * MAX_NEIGHBOURS * 4),
+        "key_norm": (0, len(KEY_NORMS) - 1),
+    }
+    for name, (low, high) in sizes.items():
+        if not low <= getattr(fields, name) <= high:
+            raise ValueError(f"rule.{name} must be in {low}..{high}, got {getattr(fields, name)}")
+    if not math.isfinite(scale) or not 0 <= dropout_p < 1:
+        raise ValueError(
+            f"scale must be finite and dropout_p in [0, 1), got scale {scale} and dropout_p {dropout_p}"
+        )
 
 
 def _parameters(
@@ -71,6 +104,8 @@ def _parameters(
 ) -> Any:
     """The kernels' parameter struct. The caller keeps every tensor alive while it is used."""
     native = _native.extension()
+    _check_sizes(q, v, order, bucket_starts)
+    _check_options(rule, scale, dropout_p)
     batch, heads, length, dim = q.shape
     _check_limits(dim, v.size(-1), rule)
     rounds, starts_size = order.size(2), bucket_starts.size(-1)
