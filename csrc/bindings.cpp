@@ -55,9 +55,12 @@ const auto kNoGil = py::call_guard<py::gil_scoped_release>();
 // Raises ValueError for what a kernel found wrong with its input.
 void check(Status status) {
   switch (status) {
-    case Status::kOk: return;
-    case Status::kBadOrder: throw std::invalid_argument("layout.order must hold a permutation of 0..L-1 in each round");
-    case Status::kBadStarts: throw std::invalid_argument("layout.bucket_starts must rise from 0 to L in each round");
+    case Status::kOk:
+      return;
+    case Status::kBadOrder:
+      throw std::invalid_argument("layout.order must hold a permutation of 0..L-1 in each round");
+    case Status::kBadStarts:
+      throw std::invalid_argument("layout.bucket_starts must rise from 0 to L in each round");
     case Status::kUnsorted:
       throw std::invalid_argument("layout.order must be sorted: positions must rise within each bucket");
   }

@@ -189,7 +189,7 @@ class BackwardWorker {
       vfloat p;
       if (kWeighted && codes) {
         p = vmin(exp2_of(vmin(s - lse_[i], splat(kLargestExponent))) *
-                     rule_.inverse_count(row_codes_ + i * p_.R, codes, half),
+                     rule_.inverse_count(row_codes_ + i * p_.R, codes, half, tile_.round),
                  splat(1.0f));
       } else {
         p = exp2_of(vmin(s - lse_[i], vfloat{}));
@@ -253,7 +253,7 @@ struct Workspace {
   const AttentionParams& p;
   const AttentionGradients& g;
   float *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr, *delta = nullptr;  // (heads, L, ...)
-  uint8_t* seen = nullptr;                                                             // (heads, R, L)
+  uint8_t* seen = nullptr;                                                          // (heads, R, L)
   HeadTables tables;
   char* workers = nullptr;
   size_t worker_bytes = 0;
@@ -445,9 +445,12 @@ size_t attention_backward_workspace_bytes(const AttentionParams& p) {
 Status attention_backward(const AttentionParams& p, const AttentionGradients& g) {
   if (p.B * p.H == 0 || p.L == 0) return Status::kOk;
   switch (p.dtype) {
-    case DType::kFloat32: return backward<float>(p, g);
-    case DType::kBFloat16: return backward<BFloat16>(p, g);
-    case DType::kFloat16: return backward<Float16>(p, g);
+    case DType::kFloat32:
+      return backward<float>(p, g);
+    case DType::kBFloat16:
+      return backward<BFloat16>(p, g);
+    case DType::kFloat16:
+      return backward<Float16>(p, g);
   }
   return Status::kOk;
 }

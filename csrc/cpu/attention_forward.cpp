@@ -180,8 +180,8 @@ class ForwardWorker {
     }
   }
 
-  // Whether a row that has no logit above -inf has keys at all: if it has, its logits overflowed, and a row that
-  // nothing is known of must not pass for an empty one.
+  // Whether a row that has no logit above -inf has keys at all: if it has, its logits overflowed, and a row
+  // that nothing is known of must not pass for an empty one.
   template <PairRule::Compare kCompare>
   bool sees_any(int group, int i) const {
     const int64_t* met = met_ + group * plan_.block_panels;
@@ -194,9 +194,9 @@ class ForwardWorker {
     return found != 0;
   }
 
-  // The sum of row i's probabilities over `count` panels from panel `low` on, with lanes counted from the row's
-  // first key. In a bucket window the order of addition is then the same wherever in a tile the row lies:
-  // appended tokens, which move whole buckets, change no bit of earlier rows.
+  // The sum of row i's probabilities over `count` panels from panel `low` on, with lanes counted from the
+  // row's first key. In a bucket window the order of addition is then the same wherever in a tile the row
+  // lies: appended tokens, which move whole buckets, change no bit of earlier rows.
   float sum_from_first_key(int i, int64_t low, int64_t count, float* row) const {
     store(row + count * kPanel, vfloat{});
     const int64_t begin = max_of<int64_t>(tile_.low[i] - low * kPanel, 0);
@@ -241,7 +241,7 @@ class ForwardWorker {
   void finish(const Head& head, int64_t position, float maximum, float sum, float* out) {
     float lse = maximum * kLn2 + __builtin_logf(sum), scale = 1.0f / sum;
     if (lse == kSelfOnlyLse) lse = __builtin_nextafterf(lse, 0.0f);  // the mark of a row that saw only itself
-    if (sum == 0.0f) {  // nothing to attend to
+    if (sum == 0.0f) {                                               // nothing to attend to
       const bool itself = p_.rule.exclude_self && !is_padding(head, position);
       if (itself) load_row(row_of<const T>(p_.v, head.b, head.h, position), p_.Dv, plan_.dv_padded, out);
       lse = itself ? kSelfOnlyLse : -kInfinity;

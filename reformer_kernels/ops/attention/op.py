@@ -19,9 +19,6 @@ from reformer_kernels.config import KEY_NORMS, MAX_CHUNK_LENGTH, MAX_NEIGHBOURS,
 MAX_HEAD_DIM = 256
 """Of q, k and v: kernels keep a row on the stack."""
 
-MAX_HEAD_DIM = 256
-_RULE_FIELDS = [field.name for field in dataclasses.fields(AttentionRule)]
-
 _ARGUMENTS = (
     "Tensor q, Tensor? k, Tensor v, Tensor order, Tensor bucket_starts, Tensor? key_bias, Tensor? seed, "
     "int[] rule, float scale, float dropout_p"
@@ -107,7 +104,6 @@ def _parameters(
     _check_sizes(q, v, order, bucket_starts)
     _check_options(rule, scale, dropout_p)
     batch, heads, length, dim = q.shape
-    _check_limits(dim, v.size(-1), rule)
     rounds, starts_size = order.size(2), bucket_starts.size(-1)
     dtypes = [q.dtype] if q.dtype in _native.DTYPES else list(_native.DTYPES)
     int32, float32 = [torch.int32], [torch.float32]
