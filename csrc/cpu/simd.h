@@ -104,7 +104,7 @@ REFORMER_INLINE vfloat exp2_of(vfloat x) {
   y = y * f + 2.4022242426872253e-1f;
   y = y * f + 6.931470036506653e-1f;
   y = y * f + 1.0f;
-  vint shifted_bits, bits;
+  vuint shifted_bits, bits;  // far from zero they wrap, and are not used
   memcpy(&shifted_bits, &shifted, sizeof(bits));
   memcpy(&bits, &y, sizeof(bits));
   bits += shifted_bits << 23;  // the shift drops kShift's own bits: only the integer's remain
