@@ -115,7 +115,12 @@ class Parameters:
 
     def note_stateful_buffers(self) -> None:
         """Call after the first run: buffers that it changed must survive a second run unchanged."""
-        self.stateful = [buffer for _, _, buffer, before in self.buffers if version(buffer) != before]
+        self.stateful = [
+            buffer
+            for part, _, buffer, before in self.buffers
+            # Running statistics change without being counted.
+            if version(buffer) != before or isinstance(part, nn.modules.batchnorm._NormBase)
+        ]
 
     def check_unchanged(self, what: str) -> None:
         for parameter, expected in zip(self.distinct, self.versions, strict=True):
