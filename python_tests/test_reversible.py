@@ -43,8 +43,10 @@ class Attention(nn.Module):
         self.dropout = dropout
         self.double()
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, *, options: dict[str, Tensor] | None = None) ->
-        Tensor: q, k, v = self.project(self.norm(x)).chunk(3, dim=-1)
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, *, options: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        q, k, v = self.project(self.norm(x)).chunk(3, dim=-1)
         if options is not None:
             v = v * options["gain"]
         dropout = self.dropout if self.training else 0.0
@@ -54,9 +56,7 @@ class Attention(nn.Module):
 
 
 def sequence(depth: int = 3, dropout: float = 0.0, **settings: Any) -> ReversibleSequence:
-    return ReversibleSequence(
-        [(Attention(dropout), feed_forward(dropout)) for _ in range(depth)], **settings
-    )
+    return ReversibleSequence([(Attention(dropout), feed_forward(dropout)) for _ in range(depth)], **settings)
 
 
 def streams(dtype: torch.dtype = torch.float64) -> Tensor:
@@ -80,8 +80,9 @@ def assert_same(
     for number, (a, b) in enumerate(zip(ours[1], theirs[1], strict=True)):
         assert (a is None) == (b is None), f"gradient {number}: {a} against {b}"
         if a is not None:
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda m, n=number: f"{n}:
-            {m}")
+            torch.testing.assert_close(
+                a, b, rtol=tolerance, atol=tolerance, msg=lambda m, n=number: f"{n}: {m}"
+            )
 
 
 def weigh(result: Tensor) -> Tensor:
@@ -117,9 +118,7 @@ def test_pair_of_streams_and_shared_start() -> None:
         return weigh(y1) + 2 * weigh(y2)
 
     inputs = [x, *layers.parameters()]
-    assert_same(
-        gradients(lambda: loss(layers), inputs), gradients(lambda: loss(layers.ordinary), inputs)
-    )
+    assert_same(gradients(lambda: loss(layers), inputs), gradients(lambda: loss(layers.ordinary), inputs))
 
 
 @pytest.mark.parametrize("used", [0, 1])
@@ -137,9 +136,7 @@ def test_part_of_the_inputs_of_grad() -> None:
     layers = sequence(4)
     x = streams()
     last = list(layers.blocks[3].parameters())
-    assert_same(
-        gradients(lambda: weigh(layers(x)), last), gradients(lambda: weigh(layers.ordinary(x)), last)
-    )
+    assert_same(gradients(lambda: weigh(layers(x)), last), gradients(lambda: weigh(layers.ordinary(x)), last))
 
 
 def test_extra_arguments_with_gradients() -> None:
@@ -267,8 +264,9 @@ def test_autocast(dtype: torch.dtype) -> None:
     )
     x = streams(dtype)
     seen = []
-    layers.blocks[1].f[4].register_forward_hook(lambda m, a, out: seen.append((out.dtype,
-    out.detach().clone())))
+    layers.blocks[1].f[4].register_forward_hook(
+        lambda m, a, out: seen.append((out.dtype, out.detach().clone()))
+    )
 
     def loss(call: Any) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -488,8 +486,10 @@ def test_hooks_run_once_with_the_whole_gradient() -> None:
     weight = layers.blocks[1].g[1].weight
     handles = [
         weight.register_hook(lambda g: seen.setdefault("tensor", []).append(g) or g * 2),
-        weight.register_post_accumulate_grad_hook(lambda p: seen.setdefault("after",
-        []).append(p.grad.clone())), x.register_hook(lambda g: seen.setdefault("input", []).append(g)),
+        weight.register_post_accumulate_grad_hook(
+            lambda p: seen.setdefault("after", []).append(p.grad.clone())
+        ),
+        x.register_hook(lambda g: seen.setdefault("input", []).append(g)),
         layers.blocks[0].f.register_full_backward_hook(
             lambda m, gi, go: seen.setdefault("module", []).append(go[0])
         ),
@@ -665,8 +665,10 @@ def test_captured_tensor_raises_in_forward() -> None:
     for captured in (leaf, leaf * 2, x[..., :D]):
         for parts in ((Captures(captured), feed_forward()), (feed_forward(), Captures(captured))):
             layers = ReversibleSequence([(feed_forward(), feed_forward()), parts])
-            with pytest.raises(RuntimeError, match=r"of block 1 uses a tensor of shape .* its gradient\s+would
-                be lost"): layers(x)
+            with pytest.raises(
+                RuntimeError, match=r"of block 1 uses a tensor of shape .* its gradient\s+would be lost"
+            ):
+                layers(x)
             with torch.no_grad():
                 layers(x)
     layers = ReversibleSequence([(Captures(leaf.detach()), feed_forward())])
@@ -823,8 +825,11 @@ def test_bad_construction() -> None:
 def test_identity_and_constant_parts() -> None:
     constant = torch.randn(2, 5, D, dtype=torch.float64)
     layers = ReversibleSequence(
-        [(nn.Identity(), nn.Identity()), (Returns(lambda x: constant), feed_forward()), (nn.Identity(),
-        nn.Identity())]
+        [
+            (nn.Identity(), nn.Identity()),
+            (Returns(lambda x: constant), feed_forward()),
+            (nn.Identity(), nn.Identity()),
+        ]
     )
     x = streams()
     inputs = [x, *layers.parameters()]
