@@ -1,11 +1,17 @@
-"""What LSH attention computes: every choice in which the paper and its implementations differ."""
+"""What LSH attention computes: every choice in which the paper and its implementations differ.
+
+Sources: the paper (Kitaev, Kaiser, Levskaya, "Reformer: The Efficient Transformer", arXiv 2001.04451),
+trax (the authors' code), Hugging Face transformers (`LSHSelfAttention`) and reformer_pytorch
+(`LSHAttention`). `LSHConfig` names each choice, so that each of them can be reproduced.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Window = Literal["chunks", "bucket"]
 Ring = Literal["none", "rounds"]
@@ -19,6 +25,14 @@ UNFACTORED_BUCKETS = 128
 
 AUTOMATIC_ROTATION_WIDTH = 128
 """Columns of a rotation table for automatic buckets: four factors of 64, half a factor each."""
+
+MAX_BUCKETS = 2**20
+"""Largest product of bucket factors."""
+
+MAX_HASHES = 2**16
+MAX_CHUNK_LENGTH = 2**24
+MAX_NEIGHBOURS = 2**16
+"""Bounds that keep every product of configuration values far inside a 64-bit integer."""
 
 
 def automatic_factors(length: int, span: int) -> tuple[int, ...]:
@@ -36,11 +50,64 @@ def automatic_factors(length: int, span: int) -> tuple[int, ...]:
     return (2 ** (small + 1),) * larger + (2**small,) * (count - larger)
 
 
+def check_factors(bucket_factors: Any) -> tuple[int, ...]:
+    """`bucket_factors` as a tuple of even positive integers whose product is at most `MAX_BUCKETS`.
+
+    A list or tuple of them, or one integer for one factor. Raises ValueError for anything else.
+    """
+    factors = tuple(bucket_factors) if isinstance(bucket_factors, (list, tuple)) else (bucket_factors,)
+    if not factors or not all(_is_integer(f) and f > 0 and f % 2 == 0 for f in factors):
+        raise ValueError(
+            f"bucket_factors must be even positive integers, got {bucket_factors!r}; "
+            "give one (64) or several (32, 32), or None in a configuration for automatic buckets"
+        )
+    if math.prod(factors) > MAX_BUCKETS:
+        raise ValueError(
+            f"bucket_factors may multiply to at most {MAX_BUCKETS} buckets, got {bucket_factors!r} "
+            f"= {math.prod(factors)}; use fewer or smaller factors"
+        )
+    return factors
+
+
 @dataclass(frozen=True)
 class LSHConfig:
     """How LSH attention hashes, which keys a query sees, and how rounds merge.
 
-    The default is the paper's rule (`LSHConfig.paper()`).
+    out_i = sum_j p_ij v_j, p_i = softmax over the keys j that i sees in any round of
+    scale * q_i . k_j, where k_j is q_j normalised by `key_norm` (shared query-keys, section 2 of the paper).
+
+    The default is the paper's rule (`LSHConfig.paper()`). Values are checked when the configuration is
+    made; a wrong one raises ValueError that says what is accepted.
+
+    Attributes:
+        n_hashes: hash rounds R, 1 to 65536. Each draws its own rotation; rounds merge by softmax over all
+            rounds' logits (section 2, "Multi-round LSH attention").
+        chunk_length: tokens of sorted order in a chunk, C. Any positive integer; a round's last chunk may
+            be short.
+        chunks_before, chunks_after: how many chunks before and after its own a query also sees. The
+            paper looks one back.
+        window: "chunks" (the paper): a query sees its chunk of the sorted order and its neighbours.
+            "bucket": it sees the nearest keys of its own bucket, `bucket_window` before it if causal, else
+            floor(w/2) before and ceil(w/2) after; then appending tokens changes no earlier output of a
+            causal model (at equal factors and rotations). With "bucket", `chunks_before`,
+            `chunks_after`, `attend_across_buckets` and `ring` have no effect on which keys are seen.
+        bucket_window: w, in tokens, of window "bucket". None: chunk_length * (1 + chunks_before +
+            chunks_after), as many keys as the same chunks hold.
+        bucket_factors: numbers of buckets of the hash's factors, each even; ids are
+            b0 + f0 * b1 + f0 * f1 * b2 ... An integer is one factor. None: automatic, from the length, see
+            `automatic_factors` and `span`.
+        causal: a query sees no key at a later position.
+        attend_across_buckets: whether a query also sees keys of other buckets in its range. The paper
+            masks them (Appendix A); the public implementations do not.
+        correct_duplicates: divide the weight of a pair by the number of times that it is met over all
+            rounds, so that the result is softmax over the union of the rounds' keys (Appendix A).
+            False: a pair met N times counts N times.
+        ring: "none": a round's first chunk looks back at nothing, its last chunk ahead at nothing.
+            "rounds": all rounds' chunks form one ring, as in the public implementations: a round's first chunk
+            looks back at the previous round's last chunk, the first round's at the last round's.
+        key_norm: "rms": k = q / sqrt(mean(q^2) + 1e-6) / sqrt(D) (trax, Hugging Face).
+            "l2": k = q / max(|q|, 1e-12) (reformer_pytorch). "none": k = q.
+        scale: factor of the logits; 1.0 in trax and Hugging Face. None: D ** -0.5 (reformer_pytorch).
     """
 
     n_hashes: int = 4
@@ -57,19 +124,84 @@ class LSHConfig:
     key_norm: KeyNorm = "rms"
     scale: float | None = 1.0
 
+    def __post_init__(self) -> None:
+        check_integer("n_hashes", self.n_hashes, 1, MAX_HASHES)
+        check_integer("chunk_length", self.chunk_length, 1, MAX_CHUNK_LENGTH)
+        check_integer("chunks_before", self.chunks_before, 0, MAX_NEIGHBOURS)
+        check_integer("chunks_after", self.chunks_after, 0, MAX_NEIGHBOURS)
+        if self.bucket_window is not None:
+            check_integer("bucket_window", self.bucket_window, 1, MAX_CHUNK_LENGTH, or_else="None")
+        if self.bucket_factors is not None:
+            object.__setattr__(self, "bucket_factors", check_factors(self.bucket_factors))
+        for name in ("causal", "attend_across_buckets", "correct_duplicates"):
+            check_flag(name, getattr(self, name))
+        check_choice("window", self.window, get_args(Window))
+        check_choice("ring", self.ring, get_args(Ring))
+        check_choice("key_norm", self.key_norm, get_args(KeyNorm))
+        check_scale(self.scale)
+
     @classmethod
     def paper(cls, **overrides: Any) -> LSHConfig:
+        """The paper's rule: buckets masked, duplicates corrected, no ring. Any field as a keyword."""
         return cls(**overrides)
 
     @classmethod
     def trax(cls, **overrides: Any) -> LSHConfig:
+        """The rule of trax and of Hugging Face's `LSHSelfAttention`. Any field as a keyword.
+
+        Buckets not masked, duplicates not corrected, one ring over all rounds' chunks.
+        """
         preset = cls(attend_across_buckets=True, correct_duplicates=False, ring="rounds")
         return dataclasses.replace(preset, **overrides)
 
     @classmethod
     def lucidrains(cls, **overrides: Any) -> LSHConfig:
+        """The rule of reformer_pytorch's `LSHAttention`. Any field as a keyword.
+
+        As `trax()`, with keys of unit length and logits scaled by D ** -0.5.
+        """
         preset = cls.trax(key_norm="l2", scale=None)
         return dataclasses.replace(preset, **overrides)
+
+    @property
+    def window_size(self) -> int:
+        """w of window "bucket", in keys: `bucket_window`, else as many keys as the chunks would hold."""
+        if self.bucket_window is not None:
+            return self.bucket_window
+        return self.chunk_length * (1 + self.chunks_before + self.chunks_after)
+
+    @property
+    def span(self) -> int:
+        """Tokens for which automatic factors make two buckets.
+
+        chunk_length for window "chunks" (a mean bucket is half a chunk), 2 * w for window "bucket"
+        (a mean bucket is the window).
+        """
+        return self.chunk_length if self.window == "chunks" else 2 * self.window_size
+
+    def is_short(self, length: int) -> bool:
+        """Whether `length` tokens fit one chunk, so that they are neither hashed nor sorted.
+
+        Never for window "bucket", where appending tokens must not change the rule.
+        """
+        return self.window == "chunks" and length <= self.chunk_length
+
+    def rounds(self, length: int) -> int:
+        """Rounds of a layout of `length` tokens: `n_hashes`, or 1 where `is_short`."""
+        return 1 if self.is_short(length) else self.n_hashes
+
+    def factors(self, length: int) -> tuple[int, ...]:
+        """The bucket factors for `length` tokens: as given, else automatic."""
+        if self.bucket_factors is not None:
+            return self.bucket_factors
+        return automatic_factors(length, self.span)
+
+    @property
+    def rotation_width(self) -> int:
+        """Columns of a rotation table: half the sum of the factors, 128 where they are automatic."""
+        if self.bucket_factors is not None:
+            return sum(self.bucket_factors) // 2
+        return AUTOMATIC_ROTATION_WIDTH
 
 
 @dataclass(frozen=True)
@@ -107,3 +239,65 @@ class AttentionRule:
 
 
 KEY_NORMS: tuple[KeyNorm, ...] = ("none", "rms", "l2")
+
+
+def resolve_rule(config: LSHConfig, length: int, *, shared_qk: bool = True) -> AttentionRule:
+    """The pair rule of `config` for sequences of `length` tokens.
+
+    Only whether `length` fits one chunk matters (`LSHConfig.is_short`), so a rule serves many lengths.
+    `shared_qk` False (keys given apart from queries): a query may see its own position, as in ordinary
+    attention; the self mask is there because a shared query-key always matches itself best.
+    """
+    short = config.is_short(length)
+    by_bucket = config.window == "bucket"
+    w = config.window_size
+    window_before, window_after = (w, 0) if config.causal else (w // 2, w - w // 2)
+    return AttentionRule(
+        bucket_window=by_bucket,
+        chunk_length=config.chunk_length,
+        chunks_before=0 if short or by_bucket else config.chunks_before,
+        chunks_after=0 if short or by_bucket else config.chunks_after,
+        window_before=window_before if by_bucket else 0,
+        window_after=window_after if by_bucket else 0,
+        bucket_mask=by_bucket or not (short or config.attend_across_buckets),
+        causal=config.causal,
+        exclude_self=shared_qk,
+        correct_duplicates=config.correct_duplicates,
+        ring=config.ring == "rounds" and not (short or by_bucket),
+        key_norm=KEY_NORMS.index(config.key_norm),
+    )
+
+
+def resolve_scale(scale: float | None, head_dim: int) -> float:
+    """The factor of the logits: `scale`, or head_dim ** -0.5 for None."""
+    return float(head_dim) ** -0.5 if scale is None else float(scale)
+
+
+def check_integer(name: str, value: Any, low: int, high: int, *, or_else: str = "") -> None:
+    """Raises ValueError unless `value` is an int (not a bool) in [low, high]."""
+    if not _is_integer(value) or not low <= value <= high:
+        accepted = f"an integer in {low}..{high}" + (f" or {or_else}" if or_else else "")
+        raise ValueError(f"{name} must be {accepted}, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises ValueError unless `value` is True or False."""
+    if value is not True and value is not False:
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_scale(scale: Any) -> None:
+    """Raises ValueError unless `scale` is None or a finite number that is not negative."""
+    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    if scale is not None and not (number and math.isfinite(scale) and scale >= 0):
+        raise ValueError(f"scale must be a finite number >= 0, or None for head_dim ** -0.5, got {scale!r}")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

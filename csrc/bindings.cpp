@@ -1,0 +1,112 @@
+// The Python module reformer_kernels._C: the structs and functions of kernels.h under the same names.
+//
+// Pointers cross as integers; reformer_kernels/_native.py makes and checks every one of them.
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <type_traits>
+
+#include "cpu/variants.h"
+#include "cuda/device.h"
+#include "kernels.h"
+
+namespace py = pybind11;
+using namespace reformer;
+
+namespace {
+
+// Binds a parameter struct: fields are attributes and keyword arguments of the constructor; a name that the
+// struct lacks raises AttributeError.
+template <typename Struct>
+class Fields {
+ public:
+  Fields(py::module_& module, const char* name) : class_(module, name) {
+    class_.def(py::init([](const py::kwargs& fields) {
+      Struct value;
+      py::object view = py::cast(&value, py::return_value_policy::reference);
+      for (auto field : fields) py::setattr(view, field.first, field.second);
+      return value;
+    }));
+  }
+
+  template <typename Field>
+  Fields& field(const char* name, Field Struct::* member) {
+    if constexpr (std::is_pointer_v<Field>) {
+      class_.def_property(
+          name, [member](const Struct& s) { return reinterpret_cast<uintptr_t>(s.*member); },
+          [member](Struct& s, uintptr_t address) { s.*member = reinterpret_cast<Field>(address); });
+    } else if constexpr (std::is_enum_v<Field>) {
+      class_.def_property(
+          name, [member](const Struct& s) { return static_cast<int>(s.*member); },
+          [member](Struct& s, int value) { s.*member = static_cast<Field>(value); });
+    } else {
+      class_.def_readwrite(name, member);
+    }
+    return *this;
+  }
+
+ private:
+  py::class_<Struct> class_;
+};
+
+const auto kNoGil = py::call_guard<py::gil_scoped_release>();
+
+py::dict cuda_info() {
+  py::dict info;
+#ifdef REFORMER_HAS_CUDA
+  info["built"] = true;
+  info["runtime_version"] = cuda::runtime_version();
+  info["architectures"] = cuda::architectures();
+  info["reason"] = "";
+#else
+  info["built"] = false;
+  info["reason"] = REFORMER_CUDA_STATUS;
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of reformer_kernels; see csrc/kernels.h.";
+
+  Fields<Rows>(m, "Rows")
+      .field("data", &Rows::data)
+      .field("batch_stride", &Rows::batch_stride)
+      .field("head_stride", &Rows::head_stride)
+      .field("row_stride", &Rows::row_stride);
+
+  Fields<HashParams>(m, "HashParams")
+      .field("B", &HashParams::B)
+      .field("H", &HashParams::H)
+      .field("L", &HashParams::L)
+      .field("D", &HashParams::D)
+      .field("R", &HashParams::R)
+      .field("dtype", &HashParams::dtype)
+      .field("x", &HashParams::x)
+      .field("rotations", &HashParams::rotations)
+      .field("rotation_heads", &HashParams::rotation_heads)
+      .field("rotation_width", &HashParams::rotation_width)
+      .field("factors", &HashParams::factors)
+      .field("n_factors", &HashParams::n_factors)
+      .field("padding", &HashParams::padding)
+      .field("buckets", &HashParams::buckets)
+      .field("threads", &HashParams::threads);
+  m.def("lsh_hash", &lsh_hash, kNoGil);
+
+  Fields<SortParams>(m, "SortParams")
+      .field("segments", &SortParams::segments)
+      .field("L", &SortParams::L)
+      .field("n_buckets", &SortParams::n_buckets)
+      .field("starts_size", &SortParams::starts_size)
+      .field("buckets", &SortParams::buckets)
+      .field("order", &SortParams::order)
+      .field("starts", &SortParams::starts)
+      .field("threads", &SortParams::threads);
+  m.def("bucket_sort", &bucket_sort, kNoGil);
+
+  m.def("active_isa", &active_isa);
+  m.def("select_isa", [](const std::string& name) { return select_isa(name.c_str()); });
+  m.def("compiled_isas", &compiled_isas);
+  m.def("cuda_info", &cuda_info);
+}

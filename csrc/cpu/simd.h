@@ -1,0 +1,184 @@
+// Vectors of REFORMER_LANES floats for one instruction-set variant.
+//
+// Kernel sources are compiled once a variant with REFORMER_ISA (namespace) and REFORMER_LANES defined, so
+// everything here lives in the variant's namespace and is static: a function that the linker could share
+// between variants would run AVX-512 code on a machine without it. For the same reason no standard header
+// with inline functions is included.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) && defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "../kernels.h"
+
+#define REFORMER_INLINE static inline __attribute__((always_inline))
+
+namespace reformer {
+namespace REFORMER_ISA {
+
+constexpr int kLanes = REFORMER_LANES;
+
+typedef float vfloat __attribute__((vector_size(kLanes * 4)));
+typedef int32_t vint __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t vuint __attribute__((vector_size(kLanes * 4)));
+typedef float vfloat4 __attribute__((vector_size(16)));
+
+template <typename T>
+REFORMER_INLINE T min_of(T a, T b) {
+  return b < a ? b : a;
+}
+template <typename T>
+REFORMER_INLINE T max_of(T a, T b) {
+  return a < b ? b : a;
+}
+REFORMER_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+template <typename V, typename T>
+REFORMER_INLINE V load_as(const T* p) {
+  V v;
+  memcpy(&v, p, sizeof(V));
+  return v;
+}
+REFORMER_INLINE vfloat load(const float* p) { return load_as<vfloat>(p); }
+REFORMER_INLINE vint load(const int32_t* p) { return load_as<vint>(p); }
+REFORMER_INLINE void store(float* p, vfloat v) { memcpy(p, &v, sizeof(v)); }
+
+REFORMER_INLINE vfloat splat(float x) { return x - vfloat{}; }
+REFORMER_INLINE vint splat(int32_t x) { return x - vint{}; }
+// Lanes of `a` where `mask` is set (all ones), of `b` elsewhere.
+REFORMER_INLINE vfloat select(vint mask, vfloat a, vfloat b) { return mask ? a : b; }
+REFORMER_INLINE vfloat vmax(vfloat a, vfloat b) { return a > b ? a : b; }
+REFORMER_INLINE vint iota() {
+  vint v{};
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kLanes; ++lane) v[lane] = lane;
+  return v;
+}
+
+// Horizontal results, always by halving: lane i meets lane i + n/2, so the order of addition is fixed.
+REFORMER_INLINE float sum_of_lanes(vfloat v) {
+  float lanes[kLanes];
+  store(lanes, v);
+#pragma GCC unroll 4
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  return lanes[0];
+}
+REFORMER_INLINE float max_of_lanes(vfloat v) {
+  float lanes[kLanes];
+  store(lanes, v);
+#pragma GCC unroll 4
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int lane = 0; lane < width; ++lane) lanes[lane] = max_of(lanes[lane], lanes[lane + width]);
+  return lanes[0];
+}
+
+// exp(x) to about 1 ulp for x in [-87.3, 88.3]; 0 below, exp(88.3) above, NaN for NaN. Cody-Waite reduction
+// to |r| <= ln(2)/2, then a polynomial of degree 7.
+REFORMER_INLINE vfloat exp_of(vfloat x) {
+  constexpr float kLowest = -87.3f, kHighest = 88.3f, kLog2E = 1.44269504088896341f;
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+  const vint underflow = x < kLowest;
+  x = x > kHighest ? splat(kHighest) : x;
+  const vfloat shifted = x * kLog2E + kShift;
+  const vfloat n = shifted - kShift;
+  vfloat r = x - n * kLn2High;
+  r = r - n * kLn2Low;
+  vfloat y = splat(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + (r + 1.0f);
+  vint shifted_bits, bits;
+  memcpy(&shifted_bits, &shifted, sizeof(bits));
+  memcpy(&bits, &y, sizeof(bits));
+  bits += shifted_bits << 23;  // the shift drops kShift's own bits: only n's remain
+  memcpy(&y, &bits, sizeof(bits));
+  return select(underflow, vfloat{}, y);
+}
+REFORMER_INLINE float exp_of(float x) { return exp_of(splat(x))[0]; }
+
+// 4x4 transposition inside each 128-bit part of a, b, c, d.
+REFORMER_INLINE void transpose4(vfloat& a, vfloat& b, vfloat& c, vfloat& d) {
+#if REFORMER_LANES == 4
+#define REFORMER_LOW(x, y) __builtin_shufflevector(x, y, 0, 4, 1, 5)
+#define REFORMER_HIGH(x, y) __builtin_shufflevector(x, y, 2, 6, 3, 7)
+#define REFORMER_EVEN(x, y) __builtin_shufflevector(x, y, 0, 1, 4, 5)
+#define REFORMER_ODD(x, y) __builtin_shufflevector(x, y, 2, 3, 6, 7)
+#elif REFORMER_LANES == 8
+#define REFORMER_LOW(x, y) __builtin_shufflevector(x, y, 0, 8, 1, 9, 4, 12, 5, 13)
+#define REFORMER_HIGH(x, y) __builtin_shufflevector(x, y, 2, 10, 3, 11, 6, 14, 7, 15)
+#define REFORMER_EVEN(x, y) __builtin_shufflevector(x, y, 0, 1, 8, 9, 4, 5, 12, 13)
+#define REFORMER_ODD(x, y) __builtin_shufflevector(x, y, 2, 3, 10, 11, 6, 7, 14, 15)
+#else
+#define REFORMER_LOW(x, y) \
+  __builtin_shufflevector(x, y, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
+#define REFORMER_HIGH(x, y) \
+  __builtin_shufflevector(x, y, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
+#define REFORMER_EVEN(x, y) \
+  __builtin_shufflevector(x, y, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+#define REFORMER_ODD(x, y) \
+  __builtin_shufflevector(x, y, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+#endif
+  const vfloat ab_low = REFORMER_LOW(a, b), ab_high = REFORMER_HIGH(a, b);
+  const vfloat cd_low = REFORMER_LOW(c, d), cd_high = REFORMER_HIGH(c, d);
+  a = REFORMER_EVEN(ab_low, cd_low);
+  b = REFORMER_ODD(ab_low, cd_low);
+  c = REFORMER_EVEN(ab_high, cd_high);
+  d = REFORMER_ODD(ab_high, cd_high);
+#undef REFORMER_LOW
+#undef REFORMER_HIGH
+#undef REFORMER_EVEN
+#undef REFORMER_ODD
+}
+
+// Four floats from each of kLanes / 4 addresses `stride` floats apart, side by side.
+REFORMER_INLINE vfloat load_quarters(const float* p, int64_t stride) {
+#if REFORMER_LANES == 4
+  (void)stride;
+  return load(p);
+#else
+  typedef float vfloat8 __attribute__((vector_size(32)));
+  const vfloat4 a = load_as<vfloat4>(p), b = load_as<vfloat4>(p + stride);
+  const vfloat8 low = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
+#if REFORMER_LANES == 8
+  return low;
+#else
+  const vfloat4 c = load_as<vfloat4>(p + 2 * stride), d = load_as<vfloat4>(p + 3 * stride);
+  const vfloat8 high = __builtin_shufflevector(c, d, 0, 1, 2, 3, 4, 5, 6, 7);
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#endif
+#endif
+}
+
+// out[column * out_stride + row] = in[row * in_stride + column] for kLanes rows and `columns` columns.
+REFORMER_INLINE void transpose_lanes(const float* in, int64_t in_stride, int64_t columns, float* out,
+                                     int64_t out_stride) {
+  int64_t column = 0;
+  for (; column + 4 <= columns; column += 4) {
+    // Vector j holds rows j, 4 + j, 8 + j ..., so that transposing inside 128-bit parts is enough.
+    vfloat a = load_quarters(in + column, 4 * in_stride);
+    vfloat b = load_quarters(in + in_stride + column, 4 * in_stride);
+    vfloat c = load_quarters(in + 2 * in_stride + column, 4 * in_stride);
+    vfloat d = load_quarters(in + 3 * in_stride + column, 4 * in_stride);
+    transpose4(a, b, c, d);
+    float* o = out + column * out_stride;
+    store(o, a);
+    store(o + out_stride, b);
+    store(o + 2 * out_stride, c);
+    store(o + 3 * out_stride, d);
+  }
+  for (; column < columns; ++column)
+    for (int row = 0; row < kLanes; ++row) out[column * out_stride + row] = in[row * in_stride + column];
+}
+
+}  // namespace REFORMER_ISA
+}  // namespace reformer

@@ -1,0 +1,52 @@
+"""Which back end runs a call: resolved once, by the public functions."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Literal, get_args
+
+import torch
+
+Backend = Literal["auto", "reference", "native", "triton"]
+
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+NATIVE_ERROR: ImportError | None = None
+"""Why the compiled extension could not be imported; None where it was."""
+
+try:
+    # Imports the extension, then the modules that register the native operators with torch.
+    for _module in ("_native", "ops.hash.op", "ops.sort.op", "ops.attention.op"):
+        importlib.import_module(f"{__package__}.{_module}")
+except ImportError as error:
+    NATIVE_ERROR = error
+
+
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The back end for tensors of `dtype` on `device`: "reference" or "native".
+
+    "auto" takes "reference" for float64 and for devices other than the CPU (the Triton back end is not
+    part of this version), else "native". Raises ValueError for an unknown name, and RuntimeError,
+    saying why and what to do, where the back end cannot run; it never falls back to another.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(map(repr, get_args(Backend)))}, got {backend!r}")
+    if backend == "auto":
+        backend = "reference" if dtype == torch.float64 or device.type != "cpu" else "native"
+    if backend == "triton":
+        raise RuntimeError(
+            "backend='triton' is not part of this version; use 'native' on the CPU or 'reference'"
+        )
+    if backend == "native":
+        if device.type != "cpu":
+            raise RuntimeError(f"backend='native' runs on the CPU, got tensors on {device}; use 'reference'")
+        if dtype not in NATIVE_DTYPES:
+            accepted = ", ".join(str(d).removeprefix("torch.") for d in NATIVE_DTYPES)
+            raise RuntimeError(f"backend='native' takes {accepted}, got {dtype}; use backend='reference'")
+        if NATIVE_ERROR is not None:
+            raise RuntimeError(
+                "the native back end cannot be used, as its compiled extension failed to import "
+                f"({NATIVE_ERROR}); build it with 'pip install -e .' in the source tree, "
+                "or pass backend='reference', which is slow"
+            ) from NATIVE_ERROR
+    return backend

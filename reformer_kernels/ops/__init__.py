@@ -1,0 +1,1 @@
+"""One folder an operation, each with a readable reference beside its fast kernels."""

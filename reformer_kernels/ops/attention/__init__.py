@@ -1,0 +1,1 @@
+"""Attention over ranges of the sorted order."""

@@ -1,0 +1,242 @@
+"""Attention over ranges of the sorted order in plain PyTorch, written for reading.
+
+Differentiable by autograd, any order, any rule: the definition that every other back end is compared with.
+Every query meets a list of key *instances*: a key at its place in one round's sorted order. Softmax runs
+over all instances of all rounds at once, which equals merging rounds by their log-sum-exps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from reformer_kernels.config import KEY_NORMS, AttentionRule
+
+from . import philox
+
+BLOCK_ELEMENTS = 2**23
+"""Queries are taken in blocks that gather about this many numbers."""
+
+EMPTY_LSE = -1e5
+"""Log-sum-exp of a query that has only itself to attend, under `exclude_self`."""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    order: Tensor,
+    bucket_starts: Tensor,
+    key_bias: Tensor | None,
+    seed: Tensor | None,
+    rule: AttentionRule,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """out_i = sum_j p_ij v_j and lse_i, with p = softmax over the instances j that `rule` lets i see.
+
+    s_ij = scale * q_i . k_j + key_bias_j - log N_ij, lse_i = log sum_j exp(s_ij), p_ij = exp(s_ij - lse_i); N_ij is
+    how often i sees j over all rounds if the rule corrects duplicates, else 1. Dropout acts on p.
+
+    q (B, H, L, D), k the same or None (q normalised by `rule.key_norm`), v (B, H, L, Dv), order (B, H, R, L) and
+    bucket_starts (B, H, R, S) as in `Layout`, key_bias (B, L) or None with -inf at padding, seed an int64
+    tensor of one element (None without dropout).
+    -> out (B, H, L, Dv) in q's dtype, lse (B, H, L) float32, float64 for float64 q.
+
+    Padding rows of q, k and v are read as zeros. A query that sees nothing: with `rule.exclude_self` and
+    not padding, out = v_i and lse = -1e5, else out = 0 and lse = -inf; no gradient flows through that lse.
+
+    Computes in float32 (float64 for float64 q). Memory is bounded by working over blocks of queries,
+    recomputed in backward. Raises ValueError where an order is not a permutation of 0..L-1 or bucket
+    starts do not rise from 0 to L.
+    """
+    _check_layout(order, bucket_starts)
+    B, H, L, D = q.shape
+    R, dtype = order.shape[2], q.dtype
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    with torch.autocast(q.device.type, enabled=False):
+        padding = None if key_bias is None else key_bias == float("-inf")
+        q, v = _load(q, padding, precision), _load(v, padding, precision)
+        k = _load(k, padding, precision) if k is not None else normalise_keys(q, rule.key_norm)
+        bias = None if key_bias is None else key_bias.to(precision)
+
+        ring = order.long().flatten(2)  # [B, H, R*L]: ring position -> original position
+        ring_bucket = _bucket_of_rank(bucket_starts, L).flatten(2)  # ids unlike those of other rounds
+        rank = order.long().argsort(dim=-1)  # [B, H, R, L]: original position -> rank
+
+        per_query = R * _widest_range(rule, L) * (D + v.shape[-1] + (40 if dropout_p > 0 else 8))
+        per_query += L if rule.correct_duplicates else 0
+        size = max(1, BLOCK_ELEMENTS // max(1, B * H * per_query))
+        recompute = torch.is_grad_enabled() and size < L and not torch.compiler.is_compiling()
+        outs, lses = [], []
+        for first in range(0, L, size):
+            queries = torch.arange(first, min(first + size, L), device=q.device)
+            args = (q, k, v, queries, ring, ring_bucket, rank, bias, seed, rule, scale, dropout_p)
+            if recompute:
+                out, lse = checkpoint(_attend_block, *args, use_reentrant=False, preserve_rng_state=False)
+            else:
+                out, lse = _attend_block(*args)
+            outs.append(out.to(dtype))
+            lses.append(lse)
+        return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+def normalise_keys(q: Tensor, key_norm: int) -> Tensor:
+    """Shared query-keys (..., D) to keys: see `LSHConfig.key_norm`, of which `key_norm` is the index."""
+    match KEY_NORMS[key_norm]:
+        case "rms":
+            return q * torch.rsqrt(q.square().mean(-1, keepdim=True) + 1e-6) * q.shape[-1] ** -0.5
+        case "l2":
+            return q / torch.linalg.vector_norm(q, dim=-1, keepdim=True).clamp_min(1e-12)
+        case _:
+            return q
+
+
+def _attend_block(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Tensor,
+    ring: Tensor,
+    ring_bucket: Tensor,
+    rank: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    rule: AttentionRule,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """`attention` of the n queries at positions `queries`. R*W instances a query, in slots."""
+    B, H, R, L = rank.shape
+    n = queries.shape[0]
+    i = queries[None, None, :, None]  # [1, 1, n, 1]
+
+    # Each query's range on the ring in each round, as slots.
+    query_rank = rank[..., queries].transpose(2, 3)  # [B, H, n, R]
+    round_ = torch.arange(R, device=q.device)
+    low, high = _range(rule, round_, query_rank, L)
+    place = low[..., None] + torch.arange(_widest_range(rule, L), device=q.device)  # [B, H, n, R, W]
+    visible = place < high[..., None]
+    place = place % (R * L)  # now a ring position
+    if rule.bucket_mask:
+        own = _look_up(ring_bucket, round_ * L + query_rank)
+        visible = visible & (_look_up(ring_bucket, place) == own[..., None])
+
+    # The pair rules, by original position.
+    place, visible = place.flatten(3), visible.flatten(3)  # [B, H, n, R*W]
+    j = _look_up(ring, place)
+    if rule.causal:
+        visible = visible & (j <= i)
+    if rule.exclude_self:
+        visible = visible & (j != i)
+    if bias is not None:
+        key_bias = _look_up(bias[:, None].expand(B, H, L), j)
+        visible = visible & (key_bias != float("-inf"))
+
+    keys, values = _look_up_rows(k, j, visible), _look_up_rows(v, j, visible)
+    logits = scale * (q[:, :, queries, None] * keys).sum(-1)  # [B, H, n, R*W]
+    if bias is not None:
+        logits = logits + key_bias.masked_fill(~visible, 0)
+    if rule.correct_duplicates:
+        met = torch.zeros((B, H, n, L), dtype=torch.int64, device=q.device)
+        met = met.scatter_add(-1, j, visible.long()).gather(-1, j)
+        logits = logits - met.clamp_min(1).to(logits.dtype).log()
+
+    empty = ~visible.any(-1)  # [B, H, n]
+    # Zeros in an empty row keep its softmax finite; `visible` takes its weights away below.
+    logits = logits.masked_fill(~visible & ~empty[..., None], float("-inf"))
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse[..., None]).exp() * visible
+    if dropout_p > 0:
+        assert seed is not None
+        head = torch.arange(B * H, device=q.device).view(B, H, 1, 1)
+        asking = round_[:, None].expand(R, _widest_range(rule, L)).flatten()
+        slot = (place // L) * (4 * -(-L // 4)) + place % L
+        asking_rank = query_rank.repeat_interleave(_widest_range(rule, L), dim=-1)
+        kept = philox.keep(seed.to(q.device), head, asking, asking_rank, slot, dropout_p)
+        weights = weights * kept / (1 - dropout_p)
+    out = (weights[..., None] * values).sum(-2)  # [B, H, n, Dv]
+
+    alone = empty & rule.exclude_self
+    if bias is not None:
+        alone = alone & (bias[:, None, queries] != float("-inf"))
+    out = torch.where(alone[..., None], v[:, :, queries], out)
+    lse = lse.masked_fill(empty, float("-inf")).masked_fill(alone, EMPTY_LSE)
+    return out, lse
+
+
+def _range(rule: AttentionRule, round_: Tensor, rank: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Ring positions [low, high) that a query at `rank` of `round_` sees before the bucket mask.
+
+    Without a ring they are cut to the round; with one, low may be negative and high past the end.
+    """
+    if rule.bucket_window:
+        low, high = rank - rule.window_before, rank + rule.window_after + 1
+        low, high = round_ * length + low, round_ * length + high
+    else:
+        chunks = -(-length // rule.chunk_length)
+        chunk = round_ * chunks + rank // rule.chunk_length
+        low = _chunk_start(chunk - rule.chunks_before, chunks, rule.chunk_length, length)
+        high = _chunk_start(chunk + 1 + rule.chunks_after, chunks, rule.chunk_length, length)
+    if not rule.ring:
+        low, high = low.maximum(round_ * length), high.minimum((round_ + 1) * length)
+    return low, high
+
+
+def _chunk_start(chunk: Tensor, chunks: int, chunk_length: int, length: int) -> Tensor:
+    """Ring position at which a chunk starts; each round's last of `chunks` is short. Negative ones wrap."""
+    round_ = torch.div(chunk, chunks, rounding_mode="floor")
+    return round_ * length + (chunk - round_ * chunks) * chunk_length
+
+
+def _widest_range(rule: AttentionRule, length: int) -> int:
+    """The most ring positions that `_range` can give a query."""
+    if rule.bucket_window:
+        width = rule.window_before + 1 + rule.window_after
+    else:
+        width = (rule.chunks_before + 1 + rule.chunks_after) * rule.chunk_length
+    return width if rule.ring else min(width, length)
+
+
+def _bucket_of_rank(bucket_starts: Tensor, length: int) -> Tensor:
+    """(B, H, R, L): the bucket of each rank, numbered so that no two rounds share a number."""
+    R, S = bucket_starts.shape[2:]
+    ranks = torch.arange(length, device=bucket_starts.device, dtype=bucket_starts.dtype)
+    ranks = ranks.expand(*bucket_starts.shape[:3], length).contiguous()
+    bucket = torch.searchsorted(bucket_starts.contiguous(), ranks, right=True) - 1
+    return bucket + S * torch.arange(R, device=bucket_starts.device)[:, None]
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """table (B, H, N), index (B, H, ...) -> table[b, h, index[b, h, ...]]."""
+    return table.gather(2, index.flatten(2)).view(index.shape)
+
+
+def _look_up_rows(table: Tensor, index: Tensor, visible: Tensor) -> Tensor:
+    """table (B, H, N, D), index (B, H, n, w) -> (B, H, n, w, D); rows that are not `visible` are zeros.
+
+    Zeros, not masked weights: 0 * NaN must not carry an unseen row's values into a result or a gradient.
+    """
+    B, H, _, D = table.shape
+    rows = table.gather(2, index.flatten(2)[..., None].expand(B, H, -1, D)).view(*index.shape, D)
+    return rows.masked_fill(~visible[..., None], 0)
+
+
+def _load(x: Tensor, padding: Tensor | None, precision: torch.dtype) -> Tensor:
+    x = x.to(precision)
+    return x if padding is None else x.masked_fill(padding[:, None, :, None], 0)
+
+
+def _check_layout(order: Tensor, bucket_starts: Tensor) -> None:
+    """Values are read only where that costs no device synchronisation and there are values to read."""
+    if order.device.type != "cpu" or torch.compiler.is_compiling() or type(order) is not Tensor:
+        return
+    L = order.shape[-1]
+    if not torch.equal(order.sort(dim=-1).values, torch.arange(L, dtype=order.dtype).expand(order.shape)):
+        raise ValueError(
+            f"layout.order must hold a permutation of 0..{L - 1} for every batch, head and round"
+        )
+    rising = bool((bucket_starts.diff(dim=-1) >= 0).all())
+    if not (rising and bool((bucket_starts[..., 0] == 0).all() and (bucket_starts[..., -1] == L).all())):
+        raise ValueError(f"layout.bucket_starts must rise from 0 to {L} for every batch, head and round")

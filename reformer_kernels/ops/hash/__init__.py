@@ -1,0 +1,1 @@
+"""Hashing query-keys to buckets by angle."""
