@@ -314,10 +314,11 @@ def _call_part(record: BlockRecord, name: str, index: int, value: Tensor) -> tup
         )
     if residual.device != value.device:
         raise ValueError(f"{what} moved its input from {value.device} to {residual.device}")
+    expected = record.block.compute_dtype or value.dtype
     casts = record.autocast.enabled and residual.is_floating_point()
-    if residual.dtype != value.dtype and not casts:
+    if residual.dtype != expected and not casts:
         raise TypeError(
-            f"{what} must keep the dtype of its input, {value.dtype}, except under autocast; it returned "
+            f"{what} must keep the dtype of its input, {expected}, except under autocast; it returned "
             f"{residual.dtype}"
         )
     return residual, auxiliary

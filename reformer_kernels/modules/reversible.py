@@ -37,12 +37,17 @@ class ReversibleBlock(nn.Module):
         f, g: modules that keep their input's shape and dtype (under autocast, a lower-precision result is
             fine). Each may return a tuple (residual, *auxiliary): auxiliary losses and the like.
         route: which of the two gets the extra arguments of the call.
+        compute_dtype: cast what f and g get to this dtype, as for modules in bfloat16 on float32 streams
+            (FSDP2's `MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)`, say).
+            None: no cast.
 
     Called by itself, a block runs ordinarily: block(x1, x2, ...) -> (y1, y2, *auxiliary of f, *auxiliary of
     g). With FSDP2, a block is the unit: `fully_shard(block)`, not `fully_shard(block.f)`.
     """
 
-    def __init__(self, f: nn.Module, g: nn.Module, *, route: Route = "f") -> None:
+    def __init__(
+        self, f: nn.Module, g: nn.Module, *, route: Route = "f", compute_dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         for name, module in (("f", f), ("g", g)):
             if not isinstance(module, nn.Module):
@@ -52,6 +57,7 @@ class ReversibleBlock(nn.Module):
         self.f = f
         self.g = g
         self.route = route
+        self.compute_dtype = compute_dtype
 
     def call_part(
         self, name: str, value: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -59,6 +65,8 @@ class ReversibleBlock(nn.Module):
         """f or g (`name`) on `value`, with the extra arguments if they are routed to it: (residual,
         auxiliary)."""
         module = self.f if name == "f" else self.g
+        if self.compute_dtype is not None:
+            value = value.to(self.compute_dtype)
         result = module(value, *args, **kwargs) if self.route in (name, "both") else module(value)
         if isinstance(result, tuple) and result:
             return result[0], tuple(result[1:])
@@ -116,7 +124,7 @@ class ReversibleSequence(nn.Module):
             where a rebuilt activation equals the first to the last bit.
         scale: for "exact": a power of two, the streams' steps per unit; values must stay below 2**31 / scale.
             None: chosen in each call from the input, so that streams may grow to 256 times its largest value.
-        route: which of f and g gets the extra arguments, for blocks given as pairs.
+        route, compute_dtype: of the blocks that are given as pairs: see `ReversibleBlock`.
         preserve_random_state: recompute with the random numbers of the first run (dropout needs it).
         keep_layouts: keep what modules choose through `remember` (LSH attention's layouts), so that rounding
             in a rebuilt activation cannot flip a hash. Float mode only: exact mode has no rounding.
@@ -149,6 +157,7 @@ class ReversibleSequence(nn.Module):
         residual: Residual = "float",
         scale: float | None = None,
         route: Route = "f",
+        compute_dtype: torch.dtype | None = None,
         preserve_random_state: bool = True,
         keep_layouts: bool = False,
     ) -> None:
@@ -164,7 +173,9 @@ class ReversibleSequence(nn.Module):
             raise ValueError(
                 'keep_layouts is for residual="float": exact streams rebuild layouts bit for bit'
             )
-        self.blocks = nn.ModuleList(_as_block(block, number, route) for number, block in enumerate(blocks))
+        self.blocks = nn.ModuleList(
+            _as_block(block, number, route, compute_dtype) for number, block in enumerate(blocks)
+        )
         self.residual = residual
         self.scale = scale
         self.preserve_random_state = preserve_random_state
@@ -250,11 +261,11 @@ class ReversibleSequence(nn.Module):
         return {**self.__dict__, "_flags": {}}
 
 
-def _as_block(block: Any, number: int, route: Route) -> ReversibleBlock:
+def _as_block(block: Any, number: int, route: Route, compute_dtype: torch.dtype | None) -> ReversibleBlock:
     if isinstance(block, ReversibleBlock):
         return block
     if isinstance(block, tuple | list | nn.ModuleList | nn.Sequential) and len(block) == 2:
-        return ReversibleBlock(block[0], block[1], route=route)
+        return ReversibleBlock(block[0], block[1], route=route, compute_dtype=compute_dtype)
     size = f" of length {len(block)}" if hasattr(block, "__len__") else ""
     raise TypeError(
         f"block {number} must be a pair of modules (f, g) or a ReversibleBlock, got "
