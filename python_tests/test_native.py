@@ -171,6 +171,23 @@ def test_one_openmp_runtime() -> None:
     assert result.stdout.strip() == "1", result.stdout + result.stderr
 
 
+def test_without_openmp_the_reason_is_given() -> None:
+    """Loaded without torch, the extension lacks the OpenMP runtime that torch brings."""
+    result = run_python(
+        f"""
+        from importlib.machinery import ExtensionFileLoader
+        from importlib.util import module_from_spec, spec_from_loader
+        loader = ExtensionFileLoader("_C", {_native.extension().__file__!r})
+        try:
+            module_from_spec(spec_from_loader("_C", loader))
+        except ImportError as error:
+            print(error)
+        """
+    )
+    assert "undefined symbol" in result.stdout, result.stdout + result.stderr
+    assert "needs GNU OpenMP" in _native._import_failure(ImportError(result.stdout))
+
+
 def test_without_the_extension_the_reason_is_given() -> None:
     result = run_python(
         """

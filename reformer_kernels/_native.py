@@ -7,6 +7,7 @@ thread pool serves both.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,21 +22,25 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _forked = False
 
 
+def _import_failure(error: ImportError) -> str:
+    if re.search("GOMP_|omp_", str(error)):
+        return (
+            f"the native extension needs GNU OpenMP, which this build of torch does not load ({error}); "
+            "use a torch wheel for Linux from PyPI or pytorch.org, or start Python with "
+            "LD_PRELOAD=libgomp.so.1"
+        )
+    return (
+        f"the native extension cannot be imported ({error}); build it with: pip install -e . "
+        "(in the folder of reformer-kernels' source)"
+    )
+
+
 def _load() -> ModuleType | str:
     """The extension, or why it cannot be used."""
     try:
         from reformer_kernels import _C
     except ImportError as error:
-        if "GOMP_" in str(error):
-            return (
-                f"the native extension needs GNU OpenMP, which this build of torch does not load ({error}); "
-                "use a torch wheel for Linux from PyPI or pytorch.org, or start Python with "
-                "LD_PRELOAD=libgomp.so.1"
-            )
-        return (
-            f"the native extension cannot be imported ({error}); build it with: pip install -e . "
-            "(in the folder of reformer-kernels' source)"
-        )
+        return _import_failure(error)
     isa = os.environ.get("REFORMER_ISA", "")
     if isa and not _C.select_isa(isa):
         return (

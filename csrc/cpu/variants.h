@@ -4,10 +4,9 @@
 // the file to REFORMER_KERNEL_SOURCES in CMakeLists.txt and one line to REFORMER_KERNELS below.
 //
 // One rule for the sources compiled per instruction set: no inline function or template with external
-// linkage, so no standard C++ header beyond <cstddef>, <cstdint> and <cstring>. The linker keeps one copy of
-// such a function for the whole library, perhaps the AVX-512 one, and a machine without AVX-512 would then
-// run it. Helpers are `static` or in an unnamed namespace. python_tests/test_build.py checks the object
-// files.
+// linkage outside the variant's namespace, so no standard C++ header beyond <cstddef>, <cstdint> and
+// <cstring>. The linker keeps one copy of such a function for the whole library, perhaps the AVX-512 one, and
+// a machine without AVX-512 would then run it. python_tests/test_build.py reads the object files.
 #pragma once
 
 #include "../kernels.h"
