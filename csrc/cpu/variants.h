@@ -12,7 +12,9 @@
 #include "../kernels.h"
 
 // return type, name, parameters, arguments
-#define REFORMER_KERNELS(KERNEL) KERNEL(void, lsh_hash, (const HashParams& params), (params))
+#define REFORMER_KERNELS(KERNEL)                               \
+  KERNEL(void, lsh_hash, (const HashParams& params), (params)) \
+  KERNEL(void, residual_step, (const ResidualParams& params), (params))
 
 namespace reformer {
 

@@ -368,7 +368,7 @@ def _first_run(
 
 
 def _detached_from(streams: Streams, auxiliary: Sequence[Any]) -> list[Any]:
-    memory = {streams.value(which).untyped_storage().data_ptr() for which in (0, 1)}
+    memory = {tensor.untyped_storage().data_ptr() for tensor in streams.memory()}
 
     def detach(item: Any) -> Any:
         if not isinstance(item, Tensor):
@@ -413,7 +413,7 @@ def _as_in_first_run(run: Run, record: BlockRecord, index: int, streams: Streams
                 "the forward pass and its backward; give the sequence a copy"
             )
     aliases = record.parameters.aliases()
-    tensors = [streams.value(0), *record.arguments]
+    tensors = [*streams.tensors, *record.arguments]
     random = (
         _replay.random_state_preserved(tensors) if run.preserve_random_state else contextlib.nullcontext()
     )

@@ -14,12 +14,18 @@ from reformer_kernels.ops.residual import reference
 class Streams(Protocol):
     """Two streams, numbered 0 and 1, updated in place."""
 
+    tensors: tuple[Tensor, Tensor]  # their whole state
+
     def value(self, which: int) -> Tensor:
         """The stream as a module's input: no gradient, valid until the stream's next update."""
         ...
 
     def update(self, which: int, delta: Tensor, sign: int) -> None:
         """stream += sign * delta, in place."""
+        ...
+
+    def memory(self) -> tuple[Tensor, ...]:
+        """The tensors that updates change and `value` gives out."""
         ...
 
 
@@ -56,6 +62,9 @@ class FloatStreams:
     def update(self, which: int, delta: Tensor, sign: int) -> None:
         self.tensors[which].add_(delta, alpha=sign)
 
+    def memory(self) -> tuple[Tensor, ...]:
+        return self.tensors
+
 
 class FloatKind:
     def __init__(self, dtype: torch.dtype) -> None:
@@ -87,25 +96,42 @@ class FixedStreams:
     def value(self, which: int) -> Tensor:
         value = self.values[which]
         if value is None:
-            value = reference.fixed_point_decode(self.tensors[which], self.kind.scale, self.kind.dtype)
-            self.values[which] = value
+            value = self.values[which] = self._step(which, None, 1)
         return value
 
     def update(self, which: int, delta: Tensor, sign: int) -> None:
-        # The other stream's value was `delta`'s input and is not read again before that stream changes.
-        self.values = [None, None]
-        reference.fixed_point_add_(self.tensors[which], delta, self.kind.scale, sign, self.kind.flag)
+        # The other stream's value was the input that gave `delta`; it is not read again before it changes.
+        self.values[1 - which] = None
+        self.values[which] = self._step(which, delta, sign)
+
+    def memory(self) -> tuple[Tensor, ...]:
+        return ()
+
+    def _step(self, which: int, delta: Tensor | None, sign: int) -> Tensor:
+        kind, stream = self.kind, self.tensors[which]
+        if kind.backend == "native":
+            value: Tensor = torch.ops.reformer_kernels.native_residual_step(
+                stream, delta, sign, kind.scale, kind.flag, kind.dtype, "none", None, None, 0.0
+            )[0]
+            return value
+        if delta is not None:
+            reference.fixed_point_add_(stream, delta, kind.scale, sign, kind.flag)
+        return reference.fixed_point_decode(stream, kind.scale, kind.dtype)
 
 
 class FixedKind:
-    """`flag` (int32, one element, on the streams' device) becomes 1 when a value leaves int32's range."""
+    """`flag` (int32, one element, on the streams' device) becomes 1 when a value leaves int32's range.
+
+    `backend`: "native" or "reference", which agree to the last bit.
+    """
 
     scale: Tensor
 
-    def __init__(self, dtype: torch.dtype, scale: float | None, flag: Tensor) -> None:
+    def __init__(self, dtype: torch.dtype, scale: float | None, flag: Tensor, backend: str) -> None:
         self.dtype = dtype
         self.given_scale = scale
         self.flag = flag
+        self.backend = backend
 
     def start(self, first: Tensor, second: Tensor) -> FixedStreams:
         if self.given_scale is None:

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from reformer_kernels._backend import Backend, resolve_backend
 from reformer_kernels.modules import _replay
 from reformer_kernels.modules import _reversible_graph as graph
 from reformer_kernels.modules._streams import FixedKind, FloatKind, StreamKind
@@ -160,6 +161,7 @@ class ReversibleSequence(nn.Module):
         compute_dtype: torch.dtype | None = None,
         preserve_random_state: bool = True,
         keep_layouts: bool = False,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         if residual not in get_args(Residual):
@@ -169,6 +171,8 @@ class ReversibleSequence(nn.Module):
                 raise ValueError('scale belongs to residual="exact"; leave it out with residual="float"')
             if not scale > 0 or math.frexp(scale)[0] != 0.5 or not 2.0**-60 <= scale <= 2.0**60:
                 raise ValueError(f"scale must be a power of two from 2**-60 to 2**60, got {scale}")
+        if backend not in get_args(Backend):
+            raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
         if keep_layouts and residual == "exact":
             raise ValueError(
                 'keep_layouts is for residual="float": exact streams rebuild layouts bit for bit'
@@ -180,6 +184,7 @@ class ReversibleSequence(nn.Module):
         self.scale = scale
         self.preserve_random_state = preserve_random_state
         self.keep_layouts = keep_layouts
+        self.backend = backend
         # Not buffers: DistributedDataParallel would overwrite each process's flag with the first one's.
         self._flags: dict[torch.device, Tensor] = {}
 
@@ -242,7 +247,7 @@ class ReversibleSequence(nn.Module):
         flag = self._flags.get(first.device)
         if flag is None:
             flag = self._flags[first.device] = torch.zeros(1, dtype=torch.int32, device=first.device)
-        return FixedKind(dtype, self.scale, flag)
+        return FixedKind(dtype, self.scale, flag, resolve_backend(self.backend, first.device, dtype))
 
     def _refuse_sharded_parts(self) -> None:
         fsdp = sys.modules.get("torch.distributed.fsdp")

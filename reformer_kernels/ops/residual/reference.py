@@ -70,3 +70,16 @@ def fixed_point_add_(stream: Tensor, delta: Tensor, scale: Tensor, sign: int, fl
     wrapped = ((stream ^ total) & (step ^ total)) < 0
     flag.bitwise_or_((wrapped | ~representable).any())
     return stream.copy_(total)
+
+
+def normalise(
+    values: Tensor, normalization: str, weight: Tensor | None, bias: Tensor | None, epsilon: float
+) -> Tensor:
+    """weight * (values - mean) / sqrt(mean of squares of that + epsilon) + bias, by rows; "rms": mean is
+    0."""
+    wide = values.to(wide_dtype(values.dtype))
+    if normalization == "layer":
+        wide = wide - wide.mean(-1, keepdim=True)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    normed = normed if weight is None else normed * weight
+    return (normed if bias is None else normed + bias).to(values.dtype)
