@@ -3,6 +3,7 @@
 // Pointers cross as integers; reformer_kernels/_native.py makes and checks every one of them.
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 
@@ -50,6 +51,18 @@ class Fields {
 };
 
 const auto kNoGil = py::call_guard<py::gil_scoped_release>();
+
+// Raises ValueError for what a kernel found wrong with its input.
+void check(Status status) {
+  switch (status) {
+    case Status::kOk:
+      return;
+    case Status::kBadOrder:
+      throw std::invalid_argument("layout.order must hold a permutation of 0..L-1 in each round");
+    case Status::kBadStarts:
+      throw std::invalid_argument("layout.bucket_starts must rise from 0 to L in each round");
+  }
+}
 
 py::dict cuda_info() {
   py::dict info;
@@ -104,6 +117,59 @@ PYBIND11_MODULE(_C, m) {
       .field("starts", &SortParams::starts)
       .field("threads", &SortParams::threads);
   m.def("bucket_sort", &bucket_sort, kNoGil);
+
+  Fields<AttentionRule>(m, "AttentionRule")
+      .field("bucket_window", &AttentionRule::bucket_window)
+      .field("chunk_length", &AttentionRule::chunk_length)
+      .field("chunks_before", &AttentionRule::chunks_before)
+      .field("chunks_after", &AttentionRule::chunks_after)
+      .field("window_before", &AttentionRule::window_before)
+      .field("window_after", &AttentionRule::window_after)
+      .field("bucket_mask", &AttentionRule::bucket_mask)
+      .field("causal", &AttentionRule::causal)
+      .field("exclude_self", &AttentionRule::exclude_self)
+      .field("correct_duplicates", &AttentionRule::correct_duplicates)
+      .field("ring", &AttentionRule::ring)
+      .field("key_norm", &AttentionRule::key_norm);
+  Fields<AttentionParams>(m, "AttentionParams")
+      .field("B", &AttentionParams::B)
+      .field("H", &AttentionParams::H)
+      .field("L", &AttentionParams::L)
+      .field("D", &AttentionParams::D)
+      .field("Dv", &AttentionParams::Dv)
+      .field("R", &AttentionParams::R)
+      .field("dtype", &AttentionParams::dtype)
+      .field("q", &AttentionParams::q)
+      .field("k", &AttentionParams::k)
+      .field("v", &AttentionParams::v)
+      .field("order", &AttentionParams::order)
+      .field("starts", &AttentionParams::starts)
+      .field("starts_size", &AttentionParams::starts_size)
+      .field("key_bias", &AttentionParams::key_bias)
+      .field("rule", &AttentionParams::rule)
+      .field("scale", &AttentionParams::scale)
+      .field("dropout_threshold", &AttentionParams::dropout_threshold)
+      .field("keep_scale", &AttentionParams::keep_scale)
+      .field("seed", &AttentionParams::seed)
+      .field("out", &AttentionParams::out)
+      .field("lse", &AttentionParams::lse)
+      .field("workspace", &AttentionParams::workspace)
+      .field("threads", &AttentionParams::threads);
+  Fields<AttentionGradients>(m, "AttentionGradients")
+      .field("grad_out", &AttentionGradients::grad_out)
+      .field("grad_lse", &AttentionGradients::grad_lse)
+      .field("grad_q", &AttentionGradients::grad_q)
+      .field("grad_k", &AttentionGradients::grad_k)
+      .field("grad_v", &AttentionGradients::grad_v);
+  m.def("attention_forward_workspace_bytes", &attention_forward_workspace_bytes);
+  m.def("attention_forward", [](const AttentionParams& params) { check(attention_forward(params)); }, kNoGil);
+  m.def("attention_backward_workspace_bytes", &attention_backward_workspace_bytes);
+  m.def(
+      "attention_backward",
+      [](const AttentionParams& params, const AttentionGradients& gradients) {
+        check(attention_backward(params, gradients));
+      },
+      kNoGil);
 
   Fields<ResidualParams>(m, "ResidualParams")
       .field("rows", &ResidualParams::rows)

@@ -39,13 +39,16 @@ def automatic_factors(length: int, span: int) -> tuple[int, ...]:
     """Bucket factors for `length` tokens at two buckets for each `span` tokens (each factor even).
 
     n = 2 * max(1, length // span); above 128, n rounds down to a power of two and
-    splits into the fewest factors of at most 64, as even as can be, larger factors first.
+    splits into the fewest factors of at most 64, as even as can be, larger factors first. From 2^24 on, it
+    stays at four factors of 64, the most that the rotation table's columns serve.
     """
     n = 2 * max(1, length // span)
     if n <= UNFACTORED_BUCKETS:
         return (n,)
-    bits = n.bit_length() - 1
-    count = -(-bits // int(math.log2(MAX_AUTOMATIC_FACTOR)))
+    widest = int(math.log2(MAX_AUTOMATIC_FACTOR))
+    most_factors = 2 * AUTOMATIC_ROTATION_WIDTH // MAX_AUTOMATIC_FACTOR
+    bits = min(n.bit_length() - 1, most_factors * widest)
+    count = -(-bits // widest)
     small, larger = divmod(bits, count)
     return (2 ** (small + 1),) * larger + (2**small,) * (count - larger)
 

@@ -23,6 +23,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from . import _autocast
 from ._backend import resolve_backend
 from .config import (
     AttentionRule,
@@ -98,7 +99,7 @@ def lsh_hash(
     -> (B, H, R, L) int32.
     """
     factors = check_factors(bucket_factors)
-    x = _autocast(_check_rows("x", x))
+    x = _autocast.cast(_check_rows("x", x))
     padding = _check_padding(key_padding_mask, x)
     _check_rotations(rotations, x, width=sum(factors) // 2)
     return _hash(x, rotations, factors, 0, padding, resolve_backend(backend, x.device, x.dtype))
@@ -141,7 +142,7 @@ def lsh_layout(
     key_padding_mask (B, L) bool, True = padding. -> `Layout`.
     """
     _check_config(config)
-    qk = _autocast(_check_rows("qk", qk))
+    qk = _autocast.cast(_check_rows("qk", qk))
     padding = _check_padding(key_padding_mask, qk)
     if rotations is not None:
         _check_rotations(rotations, qk, width=config.rotation_width, rounds=config.n_hashes)
@@ -484,7 +485,7 @@ def _layout(
         n = math.prod(config.bucket_factors)
     else:
         # The automatic factors' product rounds down from this; as a size it stays symbolic under torch.compile.
-        n = 2 * torch.sym_max(1, L // config.span)
+        n = 2 * torch.sym_max(1, L // config.span)  # type: ignore[assignment]
     factors = config.bucket_factors or ()
     buckets = _hash(qk, rotations, factors, config.span, padding, backend)
     return Layout(*_sort(buckets, n + 1, n + 2, backend))
@@ -602,7 +603,7 @@ def _check_qkv(
         _check_rows(names[2], k)
         others.append((names[2], k))
     for name, x in others:
-        if x.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+        if x.dtype != q.dtype and not _autocast.enabled(q.device.type):
             raise TypeError(
                 f"{names[0]} and {name} must have one dtype, got {q.dtype} and {x.dtype}; "
                 f"convert with {name}.to({names[0]}.dtype)"
@@ -619,21 +620,13 @@ def _check_qkv(
             )
     if k is not None and k.shape != q.shape:
         raise ValueError(f"q and k must have one shape, got {tuple(q.shape)} and {tuple(k.shape)}")
-    q, v, k = _autocast(q), _autocast(v), None if k is None else _autocast(k)
+    q, v, k = _autocast.cast(q), _autocast.cast(v), None if k is None else _autocast.cast(k)
     for name, x in ((names[1], v), (names[2], k)):
         if x is not None and x.dtype != q.dtype:
             raise TypeError(
                 f"under autocast {names[0]} is {q.dtype} and {name} {x.dtype}; make them one dtype"
             )
     return q, v, k
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """`x` in the autocast dtype where autocast is on for its device; float64 stays, as in torch's own."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
 
 
 def _check_padding(mask: Tensor | None, x: Tensor) -> Tensor | None:

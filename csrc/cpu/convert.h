@@ -13,6 +13,11 @@ struct Float16 {
   uint16_t bits;
 };
 
+template <typename T>
+constexpr bool kIsFloat = false;
+template <>
+constexpr bool kIsFloat<float> = true;
+
 REFORMER_INLINE float float_of_bits(uint32_t bits) {
   float x;
   memcpy(&x, &bits, sizeof(x));
@@ -77,12 +82,12 @@ REFORMER_INLINE vfloat load_floats(const Float16* p) {
 #endif
 }
 
-// dst[0 .. n) = src, and zeros up to `padded`.
+// dst[0 .. n) = scale * src, and zeros up to `padded`.
 template <typename T>
-REFORMER_INLINE void load_row(const T* src, int64_t n, int64_t padded, float* dst) {
+REFORMER_INLINE void load_row(const T* src, int64_t n, int64_t padded, float* dst, float scale = 1.0f) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(dst + i, load_floats(src + i));
-  for (; i < n; ++i) dst[i] = to_float(src[i]);
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, load_floats(src + i) * scale);
+  for (; i < n; ++i) dst[i] = to_float(src[i]) * scale;
   for (; i < padded; ++i) dst[i] = 0.0f;
 }
 
@@ -100,6 +105,14 @@ REFORMER_INLINE void store_row(const float* src, int64_t n, float scale, float* 
 template <typename T>
 REFORMER_INLINE T* row_of(const Rows& rows, int64_t b, int64_t h, int64_t i) {
   return static_cast<T*>(rows.data) + b * rows.batch_stride + h * rows.head_stride + i * rows.row_stride;
+}
+
+// Asks for `bytes` bytes of a row that will be read, or read and written, soon. Rows are gathered in sorted
+// order, which no hardware prefetcher foresees.
+REFORMER_INLINE void prefetch_row(const void* row, int64_t bytes) {
+  const char* p = static_cast<const char*>(row);
+  const char* end = p + bytes;  // a row need not begin on a cache line
+  for (p -= reinterpret_cast<uintptr_t>(p) % 64; p < end; p += 64) __builtin_prefetch(p);
 }
 
 }  // namespace REFORMER_ISA

@@ -17,6 +17,8 @@
 #include "../kernels.h"
 
 #define REFORMER_INLINE static inline __attribute__((always_inline))
+// For members. Functions that only prefetch need it: GCC takes them for pure and would drop a call.
+#define REFORMER_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace reformer {
 namespace REFORMER_ISA {
@@ -61,50 +63,54 @@ REFORMER_INLINE vint iota() {
 }
 
 // Horizontal results, always by halving: lane i meets lane i + n/2, so the order of addition is fixed.
+template <int kWidth>
+REFORMER_INLINE vfloat swap_lanes(vfloat v) {
+  return __builtin_shuffle(v, iota() ^ kWidth);
+}
 REFORMER_INLINE float sum_of_lanes(vfloat v) {
-  float lanes[kLanes];
-  store(lanes, v);
-#pragma GCC unroll 4
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  return lanes[0];
+#if REFORMER_LANES > 8
+  v += swap_lanes<8>(v);
+#endif
+#if REFORMER_LANES > 4
+  v += swap_lanes<4>(v);
+#endif
+  v += swap_lanes<2>(v);
+  v += swap_lanes<1>(v);
+  return v[0];
 }
 REFORMER_INLINE float max_of_lanes(vfloat v) {
-  float lanes[kLanes];
-  store(lanes, v);
-#pragma GCC unroll 4
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane) lanes[lane] = max_of(lanes[lane], lanes[lane + width]);
-  return lanes[0];
+#if REFORMER_LANES > 8
+  v = vmax(v, swap_lanes<8>(v));
+#endif
+#if REFORMER_LANES > 4
+  v = vmax(v, swap_lanes<4>(v));
+#endif
+  v = vmax(v, swap_lanes<2>(v));
+  v = vmax(v, swap_lanes<1>(v));
+  return v[0];
 }
 
-// exp(x) to about 1 ulp for x in [-87.3, 88.3]; 0 below, exp(88.3) above, NaN for NaN. Cody-Waite reduction
-// to |r| <= ln(2)/2, then a polynomial of degree 7.
-REFORMER_INLINE vfloat exp_of(vfloat x) {
-  constexpr float kLowest = -87.3f, kHighest = 88.3f, kLog2E = 1.44269504088896341f;
-  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+// 2^x to about 2 ulp for x in [-126, 127], 0 below, NaN for NaN and +inf; not for finite x above 127. The
+// polynomial is a minimax fit to (2^f - 1) / f on [-1/2, 1/2], of relative error 9e-8 in 2^f.
+REFORMER_INLINE vfloat exp2_of(vfloat x) {
+  constexpr float kLowest = -126.0f;
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
-  const vint underflow = x < kLowest;
-  x = x > kHighest ? splat(kHighest) : x;
-  const vfloat shifted = x * kLog2E + kShift;
-  const vfloat n = shifted - kShift;
-  vfloat r = x - n * kLn2High;
-  r = r - n * kLn2Low;
-  vfloat y = splat(1.9875691500e-4f);
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + (r + 1.0f);
+  const vfloat shifted = x + kShift;
+  const vfloat f = x - (shifted - kShift);
+  vfloat y = splat(1.326472614891827e-3f);
+  y = y * f + 9.671512991189957e-3f;
+  y = y * f + 5.550733581185341e-2f;
+  y = y * f + 2.4022242426872253e-1f;
+  y = y * f + 6.931470036506653e-1f;
+  y = y * f + 1.0f;
   vint shifted_bits, bits;
   memcpy(&shifted_bits, &shifted, sizeof(bits));
   memcpy(&bits, &y, sizeof(bits));
-  bits += shifted_bits << 23;  // the shift drops kShift's own bits: only n's remain
+  bits += shifted_bits << 23;  // the shift drops kShift's own bits: only the integer's remain
   memcpy(&y, &bits, sizeof(bits));
-  return select(underflow, vfloat{}, y);
+  return select(x < kLowest, vfloat{}, y);
 }
-REFORMER_INLINE float exp_of(float x) { return exp_of(splat(x))[0]; }
+REFORMER_INLINE float exp2_of(float x) { return exp2_of(splat(x))[0]; }
 
 // 4x4 transposition inside each 128-bit part of a, b, c, d.
 REFORMER_INLINE void transpose4(vfloat& a, vfloat& b, vfloat& c, vfloat& d) {

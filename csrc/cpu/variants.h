@@ -12,8 +12,13 @@
 #include "../kernels.h"
 
 // return type, name, parameters, arguments
-#define REFORMER_KERNELS(KERNEL)                               \
-  KERNEL(void, lsh_hash, (const HashParams& params), (params)) \
+#define REFORMER_KERNELS(KERNEL)                                                                           \
+  KERNEL(void, lsh_hash, (const HashParams& params), (params))                                             \
+  KERNEL(size_t, attention_forward_workspace_bytes, (const AttentionParams& params), (params))             \
+  KERNEL(Status, attention_forward, (const AttentionParams& params), (params))                             \
+  KERNEL(size_t, attention_backward_workspace_bytes, (const AttentionParams& params), (params))            \
+  KERNEL(Status, attention_backward, (const AttentionParams& params, const AttentionGradients& gradients), \
+         (params, gradients))                                                                              \
   KERNEL(void, residual_step, (const ResidualParams& params), (params))
 
 namespace reformer {

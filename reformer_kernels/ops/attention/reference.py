@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
+from reformer_kernels import _autocast
 from reformer_kernels.config import KEY_NORMS, AttentionRule
 
 from . import philox
 
-BLOCK_ELEMENTS = 2**23
+BLOCK_ELEMENTS = 2**22
 """Queries are taken in blocks that gather about this many numbers."""
 
 EMPTY_LSE = -1e5
@@ -55,7 +57,7 @@ def attention(
     B, H, L, D = q.shape
     R, dtype = order.shape[2], q.dtype
     precision = torch.float64 if dtype == torch.float64 else torch.float32
-    with torch.autocast(q.device.type, enabled=False):
+    with _autocast.suspended(q.device.type):
         padding = None if key_bias is None else key_bias == float("-inf")
         q, v = _load(q, padding, precision), _load(v, padding, precision)
         k = _load(k, padding, precision) if k is not None else normalise_keys(q, rule.key_norm)
@@ -135,7 +137,7 @@ def _attend_block(
         visible = visible & (key_bias != float("-inf"))
 
     keys, values = _look_up_rows(k, j, visible), _look_up_rows(v, j, visible)
-    logits = scale * (q[:, :, queries, None] * keys).sum(-1)  # [B, H, n, R*W]
+    logits = scale * torch.einsum("bhnd,bhnwd->bhnw", q[:, :, queries], keys)  # [B, H, n, R*W]
     if bias is not None:
         logits = logits + key_bias.masked_fill(~visible, 0)
     if rule.correct_duplicates:
@@ -156,7 +158,7 @@ def _attend_block(
         asking_rank = query_rank.repeat_interleave(_widest_range(rule, L), dim=-1)
         kept = philox.keep(seed.to(q.device), head, asking, asking_rank, slot, dropout_p)
         weights = weights * kept / (1 - dropout_p)
-    out = (weights[..., None] * values).sum(-2)  # [B, H, n, Dv]
+    out = torch.einsum("bhnw,bhnwd->bhnd", weights, values)  # [B, H, n, Dv]
 
     alone = empty & rule.exclude_self
     if bias is not None:
@@ -218,9 +220,11 @@ def _look_up_rows(table: Tensor, index: Tensor, visible: Tensor) -> Tensor:
 
     Zeros, not masked weights: 0 * NaN must not carry an unseen row's values into a result or a gradient.
     """
-    B, H, _, D = table.shape
-    rows = table.gather(2, index.flatten(2)[..., None].expand(B, H, -1, D)).view(*index.shape, D)
-    return rows.masked_fill(~visible[..., None], 0)
+    B, H, N, D = table.shape
+    zero = B * H * N  # the row after the last
+    rows = torch.cat([table.reshape(zero, D), table.new_zeros(1, D)])
+    head = torch.arange(B * H, device=table.device).view(B, H, 1, 1)
+    return embedding((head * N + index).masked_fill(~visible, zero), rows, padding_idx=zero)
 
 
 def _load(x: Tensor, padding: Tensor | None, precision: torch.dtype) -> Tensor:

@@ -1,0 +1,415 @@
+// Attention over sorted orders, backward. With p_ij = exp(s_ij - lse_i) / N_ij from the merged log-sum-exp and
+// delta_i = out_i . dout_i - dlse_i, every round's part is exact on its own:
+//
+//   dv_j += p_ij m_ij dout_i          ds_ij = p_ij (m_ij dout_i . v_j - delta_i)
+//   dq_i += ds_ij k_j                 dk_j += ds_ij q_i                       (m: dropout factor)
+//
+// Tasks are segments of one head's tiles in one round. Even segments run first, then odd ones, then the tiles
+// whose keys cross into another round, so that no two tasks at work add to one row, and additions to a row
+// come in an order that does not depend on the number of threads. Key normalisation is undone once a token,
+// after the last round.
+
+#include "key_panels.h"
+#include "threads.h"
+
+namespace reformer {
+namespace REFORMER_ISA {
+namespace {
+
+// float32 sums of one head, by position: grad_q and grad_v in place where they are float32.
+struct Sums {
+  float *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr;
+  int64_t grad_q_stride = 0, grad_k_stride = 0, grad_v_stride = 0;
+  float* delta = nullptr;  // (L)
+};
+
+template <typename T>
+class BackwardWorker {
+ public:
+  BackwardWorker(const AttentionParams& p, const AttentionGradients& g, const Plan& plan, Arena* arena)
+      : p_(p), g_(g), plan_(plan), rule_(p, plan), panels_(p, plan, arena) {
+    stride_ = plan.block_panels * kPanel;
+    queries_ = arena->take<float>(kTileRows * plan.d_padded);
+    grad_outs_ = arena->take<float>(kTileRows * plan.dv_padded);
+    grad_queries_ = arena->take<float>(kTileRows * plan.d_padded);
+    probabilities_ = arena->take<float>(kTileRows * kPanel);
+    grad_probabilities_ = arena->take<float>(kTileRows * kPanel);
+    grad_logits_ = arena->take<float>(kTileRows * logits_stride());
+    met_ = arena->take<int64_t>(kTileGroups * plan.block_panels);
+    pieces_ = arena->take<Piece>(max_of<int64_t>(plan.block_panels, kTileGroups));
+    if (dropout()) factors_ = arena->take<float>(kTileRows * stride_);
+    if (p.rule.correct_duplicates) row_codes_ = arena->take<int32_t>(kTileRows * p.R);
+  }
+
+  enum class Part { kInner, kCrossing };
+
+  void run_segment(const Head& head, const Sums& sums, int64_t round, int64_t segment, Part part) {
+    const bool crossing = part == Part::kCrossing;
+    panels_.enter(head, round * p_.L, (round + 1) * p_.L, crossing);
+    panels_.grad_k_rows = sums.grad_k;
+    panels_.grad_v_rows = sums.grad_v;
+    panels_.grad_k_stride = sums.grad_k_stride;
+    panels_.grad_v_stride = sums.grad_v_stride;
+    const int64_t first = segment * plan_.segment_tiles;
+    for (int64_t t = first; t < min_of(first + plan_.segment_tiles, plan_.tiles); ++t) {
+      make_tile(p_, plan_, head, round, t, &tile_);
+      if (tile_.crosses != crossing) continue;
+      load_tile(head, sums);
+      for (int64_t from = tile_.first_panel; from < tile_.last_panel; from += plan_.block_panels)
+        differentiate_block(head, sums, from, min_of(from + plan_.block_panels, tile_.last_panel));
+      store_grad_queries(sums);
+    }
+    panels_.flush();
+  }
+
+ private:
+  bool dropout() const { return p_.dropout_threshold > 0 || p_.keep_scale != 1.0f; }
+
+  void load_tile(const Head& head, const Sums& sums) {
+    for (int i = 0; i < tile_.rows; ++i) {
+      const int64_t position = tile_.position[i];
+      float* query = queries_ + i * plan_.d_padded;
+      if (is_padding(head, position))
+        memset(query, 0, static_cast<size_t>(plan_.d_padded) * sizeof(float));
+      else
+        load_row(row_of<const T>(p_.q, head.b, head.h, position), p_.D, plan_.d_padded, query);
+      load_row(row_of<const T>(g_.grad_out, head.b, head.h, position), p_.Dv, plan_.dv_padded,
+               grad_outs_ + i * plan_.dv_padded);
+      lse_[i] = p_.lse[head.index * p_.L + position] * kLog2E;
+      delta_[i] = sums.delta[position];
+      if (row_codes_)
+        memcpy(row_codes_ + i * p_.R, head.codes + position * p_.R, static_cast<size_t>(p_.R) * sizeof(int32_t));
+    }
+    memset(grad_queries_, 0, static_cast<size_t>(tile_.rows * plan_.d_padded) * sizeof(float));
+  }
+
+  void differentiate_block(const Head& head, const Sums& sums, int64_t from, int64_t to) {
+    panels_.require(from, to);
+    if (factors_) rule_.write_dropout(head, tile_, from, to, factors_, stride_);
+    for (int group = 0; group < tile_.groups; ++group) met_count_[group] = 0;
+    for (int64_t panel = from; panel < to; ++panel) differentiate_panel(head, sums, panel, from, to);
+    for (int group = 0; group < tile_.groups; ++group) {
+      if (met_count_[group] == 0) continue;
+      const int row = group * kGroupRows;
+      for (int m = 0; m < met_count_[group]; ++m)
+        pieces_[m] = Piece{panels_.keys(met_[group * plan_.block_panels + m]), kPanel};
+      multiply_group<false>(group_rows(tile_, group), grad_logits_ + row * logits_stride(), logits_stride(),
+                            Pieces{pieces_, met_count_[group], plan_.d_padded}, plan_.d_padded,
+                            grad_queries_ + row * plan_.d_padded, plan_.d_padded, true);
+    }
+  }
+
+  // Asks for part `part` of `parts` of the rows that the next tile will gather.
+  REFORMER_INLINE_MEMBER void prefetch(const Head& head, const Sums& sums, int64_t part, int64_t parts) {
+    panels_.prefetch(part, parts);
+    constexpr int64_t kBytes = sizeof(T);
+    const int64_t next = tile_.first_rank + kTileRows;
+    const int64_t from = next + kTileRows * part / parts, to = next + kTileRows * (part + 1) / parts;
+    for (int64_t rank = from; rank < min_of(to, p_.L); ++rank) {
+      const int64_t position = head.order[tile_.round * p_.L + rank];
+      if (p_.k.data)  // shared query-keys are asked for as keys
+        prefetch_row(row_of<const T>(p_.q, head.b, head.h, position), p_.D * kBytes);
+      prefetch_row(row_of<const T>(g_.grad_out, head.b, head.h, position), p_.Dv * kBytes);
+      prefetch_row(sums.grad_q + position * sums.grad_q_stride, p_.D * static_cast<int64_t>(sizeof(float)));
+      __builtin_prefetch(p_.lse + head.index * p_.L + position);
+      __builtin_prefetch(sums.delta + position);
+    }
+  }
+
+  // One panel: for the groups of rows that meet it, probabilities and gradients of logits, packed one group
+  // after the other; then dv and dk of its keys.
+  void differentiate_panel(const Head& head, const Sums& sums, int64_t panel, int64_t from, int64_t to) {
+    const Panel& keys = panels_.panel(panel);
+    const Piece keys_t{panels_.keys_t(panel), p_.D}, values_t{panels_.values_t(panel), p_.Dv};
+    const int32_t* codes = row_codes_ ? panels_.codes(panel) : nullptr;
+    int64_t packed = 0;  // rows so far
+    int runs = 0;        // of neighbouring groups
+    for (int group = 0; group < tile_.groups; ++group) {
+      if (to == tile_.last_panel)
+        prefetch(head, sums, (panel - from) * tile_.groups + group, (to - from) * tile_.groups);
+      if (!rule_.may_meet(tile_, group, panel, keys)) continue;
+      const int row = group * kGroupRows, rows = group_rows(tile_, group), met = met_count_[group]++;
+      met_[group * plan_.block_panels + met] = panel;
+      const float* queries = queries_ + row * plan_.d_padded;
+      const float* grad_outs = grad_outs_ + row * plan_.dv_padded;
+      float* probabilities = probabilities_ + packed * kPanel;
+      float* grad_probabilities = grad_probabilities_ + packed * kPanel;
+      multiply_group<false>(rows, queries, plan_.d_padded, Pieces{&keys_t, 1, kPanel}, kPanel, probabilities, kPanel,
+                            false);
+      multiply_group<false>(rows, grad_outs, plan_.dv_padded, Pieces{&values_t, 1, kPanel}, kPanel,
+                            grad_probabilities, kPanel, false);
+      float* grad_logits = grad_logits_ + row * logits_stride() + met * kPanel;
+      rule_.with_compare([&](auto compare) {
+        for (int i = 0; i < rows; ++i)
+          grad_logits_row<decltype(compare)::value>(row + i, panel, from, keys, codes, probabilities + i * kPanel,
+                                                    grad_probabilities + i * kPanel,
+                                                    grad_logits + i * logits_stride());
+      });
+      packed += rows;
+      if (runs > 0 && runs_[runs - 1].row + runs_[runs - 1].rows == row) runs_[runs - 1].rows += rows;
+      else runs_[runs++] = Run{row, rows};
+    }
+    if (packed == 0) return;
+    for (int run = 0; run < runs; ++run)
+      pieces_[run] = Piece{grad_outs_ + runs_[run].row * plan_.dv_padded, runs_[run].rows};
+    multiply<true>(kPanel, probabilities_, kPanel, Pieces{pieces_, runs, plan_.dv_padded}, plan_.dv_padded,
+                   panels_.grad_v(panel), plan_.dv_padded, true);
+    for (int run = 0; run < runs; ++run)
+      pieces_[run] = Piece{queries_ + runs_[run].row * plan_.d_padded, runs_[run].rows};
+    multiply<true>(kPanel, grad_probabilities_, kPanel, Pieces{pieces_, runs, plan_.d_padded}, plan_.d_padded,
+                   panels_.grad_k(panel), plan_.d_padded, true);
+  }
+
+  // Row i, in place: logits to (dropped) probabilities, and gradients of probabilities to those of logits,
+  // which go to `grad_logits` too.
+  template <PairRule::Compare kCompare>
+  void grad_logits_row(int i, int64_t panel, int64_t from, const Panel& keys, const int32_t* codes,
+                       float* probabilities, float* grad_probabilities, float* grad_logits) {
+#pragma GCC unroll 2
+    for (int half = 0; half < kPanel; half += kLanes) {
+      const vint visible = rule_.template visible<kCompare>(tile_, i, panel, keys, half);
+      vfloat s = load(probabilities + half);
+      if (!keys.plain) s += load(keys.bias + half);
+      vfloat p = exp2_of(s - lse_[i]);
+      if (codes) p *= rule_.inverse_count(row_codes_ + i * p_.R, codes, half);
+      p = select(visible, p, vfloat{});
+      vfloat grad = load(grad_probabilities + half);
+      vfloat dropped = p;
+      if (factors_) {
+        const vfloat factor = load(factors_ + i * stride_ + (panel - from) * kPanel + half);
+        dropped *= factor;
+        grad *= factor;
+      }
+      store(probabilities + half, dropped);
+      grad = select(visible, p * (grad - delta_[i]), vfloat{});
+      store(grad_probabilities + half, grad);
+      store(grad_logits + half, grad);
+    }
+  }
+
+  // The keys, and so these gradients, are in logit units, 1 / ln 2 times the size.
+  void store_grad_queries(const Sums& sums) {
+    for (int i = 0; i < tile_.rows; ++i) {
+      const float* src = grad_queries_ + i * plan_.d_padded;
+      float* dst = sums.grad_q + tile_.position[i] * sums.grad_q_stride;
+      int64_t k = 0;
+      if (tile_.round == 0) {
+        store_row(src, p_.D, kLn2, dst);
+        continue;
+      }
+      for (; k + kLanes <= p_.D; k += kLanes) store(dst + k, load(dst + k) + load(src + k) * kLn2);
+      for (; k < p_.D; ++k) dst[k] += src[k] * kLn2;
+    }
+  }
+
+  // One vector more than the panels, so that rows do not fall on one another in the cache.
+  int64_t logits_stride() const { return stride_ + kLanes; }
+
+  const AttentionParams& p_;
+  const AttentionGradients& g_;
+  const Plan& plan_;
+  PairRule rule_;
+  KeyPanels<T, true> panels_;
+  Tile tile_;
+  int64_t stride_ = 0;
+  float *queries_ = nullptr, *grad_outs_ = nullptr, *grad_queries_ = nullptr;
+  float *probabilities_ = nullptr, *grad_probabilities_ = nullptr, *grad_logits_ = nullptr, *factors_ = nullptr;
+  int64_t* met_ = nullptr;  // (kTileGroups, block_panels): panels of the block that a group meets
+  int met_count_[kTileGroups];
+  struct Run {
+    int row, rows;
+  };
+  Run runs_[kTileGroups];
+  Piece* pieces_ = nullptr;
+  int32_t* row_codes_ = nullptr;
+  float lse_[kTileRows], delta_[kTileRows];
+};
+
+template <typename T>
+struct Workspace {
+  const AttentionParams& p;
+  const AttentionGradients& g;
+  float *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr, *delta = nullptr;  // (heads, L, ...)
+  HeadTables tables;
+  char* workers = nullptr;
+  size_t worker_bytes = 0;
+
+  Workspace(const AttentionParams& params, const AttentionGradients& gradients, const Plan& plan, Arena* arena)
+      : p(params), g(gradients), tables(p, plan, arena) {
+    const int64_t rows = plan.heads * p.L;
+    if (!kIsFloat<T>) {
+      grad_q = arena->take<float>(rows * p.D);
+      grad_v = arena->take<float>(rows * p.Dv);
+    }
+    if (!kIsFloat<T> || !p.k.data) grad_k = arena->take<float>(rows * p.D);
+    delta = arena->take<float>(rows);
+    Arena one;
+    BackwardWorker<T>(p, g, plan, &one);
+    worker_bytes = one.used;
+    workers = arena->take<char>(static_cast<int64_t>(worker_bytes) * p.threads);
+  }
+
+  Head head_at(int64_t first, int64_t slot) const { return tables.head(p, first, slot); }
+  Sums sums_at(const Head& head, int64_t slot) const {
+    Sums sums;
+    sums.grad_q = pick(grad_q, g.grad_q, head, slot, p.D, &sums.grad_q_stride);
+    sums.grad_k = pick(grad_k, g.grad_k, head, slot, p.D, &sums.grad_k_stride);
+    sums.grad_v = pick(grad_v, g.grad_v, head, slot, p.Dv, &sums.grad_v_stride);
+    sums.delta = delta + slot * p.L;
+    return sums;
+  }
+
+ private:
+  float* pick(float* scratch, const Rows& rows, const Head& head, int64_t slot, int64_t d, int64_t* stride) const {
+    *stride = scratch ? d : rows.row_stride;
+    return scratch ? scratch + slot * p.L * d : row_of<float>(rows, head.b, head.h, 0);
+  }
+};
+
+// delta_i, the norm, and zeros for the sums that tiles add to.
+template <typename T>
+void prepare_row(const AttentionParams& p, const AttentionGradients& g, const Head& head, const Sums& sums,
+                 int64_t i) {
+  const T* out = row_of<const T>(p.out, head.b, head.h, i);
+  const T* grad_out = row_of<const T>(g.grad_out, head.b, head.h, i);
+  vfloat lanes{};
+  int64_t k = 0;
+  for (; k + kLanes <= p.Dv; k += kLanes) lanes += load_floats(out + k) * load_floats(grad_out + k);
+  float delta = sum_of_lanes(lanes);
+  for (; k < p.Dv; ++k) delta += to_float(out[k]) * to_float(grad_out[k]);
+  if (g.grad_lse) delta -= g.grad_lse[head.index * p.L + i];
+  sums.delta[i] = delta;
+  if (head.inverse_norms) head.inverse_norms[i] = inverse_norm<T>(p, head, i);
+  memset(sums.grad_k + i * sums.grad_k_stride, 0, static_cast<size_t>(p.D) * sizeof(float));
+  memset(sums.grad_v + i * sums.grad_v_stride, 0, static_cast<size_t>(p.Dv) * sizeof(float));
+}
+
+// The sums of row i to the gradients of q, k and v: undoes scale and key normalisation, and adds the value's
+// gradient where the query saw only itself. `key` and `grad` have room for d_padded floats.
+template <typename T>
+void finish_row(const AttentionParams& p, const AttentionGradients& g, const Plan& plan, const Head& head,
+                const Sums& sums, int64_t i, float* key, float* grad) {
+  const bool padding = is_padding(head, i);
+  float* grad_q = sums.grad_q + i * sums.grad_q_stride;
+  float* grad_k = sums.grad_k + i * sums.grad_k_stride;
+  float* grad_v = sums.grad_v + i * sums.grad_v_stride;
+  if (padding) {  // rows read as zeros: nothing depends on them
+    memset(grad_q, 0, static_cast<size_t>(p.D) * sizeof(float));
+    memset(grad_k, 0, static_cast<size_t>(p.D) * sizeof(float));
+    memset(grad_v, 0, static_cast<size_t>(p.Dv) * sizeof(float));
+  } else if (p.rule.exclude_self && p.lse[head.index * p.L + i] == kSelfOnlyLse) {
+    const T* grad_out = row_of<const T>(g.grad_out, head.b, head.h, i);
+    for (int64_t k = 0; k < p.Dv; ++k) grad_v[k] += to_float(grad_out[k]);
+  }
+  if (p.k.data) {
+    store_row(grad_k, p.D, p.scale, row_of<T>(g.grad_k, head.b, head.h, i));
+  } else if (!padding) {
+    const float inverse = head.inverse_norms ? head.inverse_norms[i] : 1.0f;
+    load_row(row_of<const T>(p.q, head.b, head.h, i), p.D, plan.d_padded, key, inverse);
+    load_row(grad_k, p.D, plan.d_padded, grad, p.scale * inverse);
+    vfloat lanes{};
+    for (int64_t k = 0; k < plan.d_padded; k += kLanes) lanes += load(key + k) * load(grad + k);
+    // d(q / |q|): the part of the gradient along the key drops out, unless the norm is a constant there.
+    const bool constant = p.rule.key_norm == KeyNorm::kNone ||
+                          (p.rule.key_norm == KeyNorm::kL2 && inverse >= 1e12f);
+    const float along = constant ? 0.0f : sum_of_lanes(lanes);
+    for (int64_t k = 0; k < p.D; ++k) grad_q[k] += grad[k] - along * key[k];
+  }
+  if constexpr (!kIsFloat<T>) {
+    store_row(grad_q, p.D, 1.0f, row_of<T>(g.grad_q, head.b, head.h, i));
+    store_row(grad_v, p.Dv, 1.0f, row_of<T>(g.grad_v, head.b, head.h, i));
+  }
+}
+
+template <typename T>
+void backward(const AttentionParams& p, const AttentionGradients& g) {
+  using Part = typename BackwardWorker<T>::Part;
+  constexpr int64_t kRowsPerTask = 256;
+  const Plan plan = make_plan(p);
+  Arena arena{static_cast<char*>(p.workspace), 0};
+  const Workspace<T> workspace(p, g, plan, &arena);
+  const int64_t row_tasks = ceil_div(p.L, kRowsPerTask);
+  const bool crossings = p.rule.ring && !plan.inside_bucket;
+#pragma omp parallel num_threads(p.threads)
+  {
+    Arena own{workspace.workers + static_cast<size_t>(thread_index()) * workspace.worker_bytes, 0};
+    BackwardWorker<T> worker(p, g, plan, &own);
+    alignas(64) float key[256 + kLanes], grad[256 + kLanes];
+    for (int64_t first = 0; first < p.B * p.H; first += plan.heads) {
+      const int64_t heads = min_of(plan.heads, p.B * p.H - first);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t task = 0; task < heads * row_tasks; ++task) {
+        const int64_t slot = task / row_tasks, begin = task % row_tasks * kRowsPerTask;
+        const Head head = workspace.head_at(first, slot);
+        const Sums sums = workspace.sums_at(head, slot);
+        for (int64_t i = begin; i < min_of(begin + kRowsPerTask, p.L); ++i) prepare_row<T>(p, g, head, sums, i);
+      }
+      if (workspace.tables.codes) {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < heads * p.R; ++task)
+          write_codes(p, plan, workspace.head_at(first, task / p.R), task % p.R);
+      }
+      for (int64_t round = 0; round < p.R; ++round) {
+        for (int64_t parity = 0; parity < 2; ++parity) {
+          const int64_t segments = (plan.segments + 1 - parity) / 2;
+#pragma omp for schedule(dynamic, 1)
+          for (int64_t task = 0; task < heads * segments; ++task) {
+            const int64_t slot = task / segments;
+            const Head head = workspace.head_at(first, slot);
+            worker.run_segment(head, workspace.sums_at(head, slot), round, 2 * (task % segments) + parity,
+                               Part::kInner);
+          }
+        }
+        if (!crossings) continue;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t slot = 0; slot < heads; ++slot) {
+          const Head head = workspace.head_at(first, slot);
+          const Sums sums = workspace.sums_at(head, slot);
+          for (int64_t segment = 0; segment < plan.segments; ++segment)
+            worker.run_segment(head, sums, round, segment, Part::kCrossing);
+        }
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t task = 0; task < heads * row_tasks; ++task) {
+        const int64_t slot = task / row_tasks, begin = task % row_tasks * kRowsPerTask;
+        const Head head = workspace.head_at(first, slot);
+        const Sums sums = workspace.sums_at(head, slot);
+        for (int64_t i = begin; i < min_of(begin + kRowsPerTask, p.L); ++i)
+          finish_row<T>(p, g, plan, head, sums, i, key, grad);
+      }
+    }
+  }
+}
+
+template <typename T>
+size_t workspace_bytes(const AttentionParams& p) {
+  const Plan plan = make_plan(p);
+  const AttentionGradients none;
+  Arena arena;
+  const Workspace<T> workspace(p, none, plan, &arena);
+  return arena.used;
+}
+
+}  // namespace
+
+size_t attention_backward_workspace_bytes(const AttentionParams& p) {
+  switch (p.dtype) {
+    case DType::kFloat32: return workspace_bytes<float>(p);
+    case DType::kBFloat16: return workspace_bytes<BFloat16>(p);
+    case DType::kFloat16: return workspace_bytes<Float16>(p);
+  }
+  return 0;
+}
+
+Status attention_backward(const AttentionParams& p, const AttentionGradients& g) {
+  if (p.B * p.H == 0 || p.L == 0) return Status::kOk;
+  switch (p.dtype) {
+    case DType::kFloat32: backward<float>(p, g); break;
+    case DType::kBFloat16: backward<BFloat16>(p, g); break;
+    case DType::kFloat16: backward<Float16>(p, g); break;
+  }
+  return Status::kOk;
+}
+
+}  // namespace REFORMER_ISA
+}  // namespace reformer

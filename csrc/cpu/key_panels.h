@@ -1,0 +1,308 @@
+// Keys and values of consecutive ring positions, gathered by the sorted order and packed for the products.
+//
+// Panel p holds ring positions [p * kPanel, (p + 1) * kPanel). Neighbouring tiles share most of their keys,
+// so packed panels are kept in a ring buffer; the backward pass sums the gradients of a panel's keys there
+// and adds them to the rows of the keys once, when the panel leaves.
+#pragma once
+
+#include "attention_plan.h"
+#include "convert.h"
+#include "philox.h"
+
+namespace reformer {
+namespace REFORMER_ISA {
+
+// 1 / norm of row `position`, so that the key is row * result. Falls back to double where squares overflow.
+template <typename T>
+static float inverse_norm(const AttentionParams& p, const Head& head, int64_t position) {
+  constexpr float kRmsEpsilon = 1e-6f, kL2Smallest = 1e-12f;
+  const T* row = row_of<const T>(p.q, head.b, head.h, position);
+  vfloat lanes{};
+  int64_t i = 0;
+  for (; i + kLanes <= p.D; i += kLanes) lanes += load_floats(row + i) * load_floats(row + i);
+  float squares = sum_of_lanes(lanes);
+  for (; i < p.D; ++i) squares += to_float(row[i]) * to_float(row[i]);
+  if (squares == kInfinity) {
+    double wide = 0.0;
+    for (i = 0; i < p.D; ++i) wide += static_cast<double>(to_float(row[i])) * static_cast<double>(to_float(row[i]));
+    return static_cast<float>(1.0 / __builtin_sqrt(wide));
+  }
+  if (p.rule.key_norm == KeyNorm::kRms) return 1.0f / __builtin_sqrtf(squares + kRmsEpsilon * static_cast<float>(p.D));
+  return 1.0f / max_of(__builtin_sqrtf(squares), kL2Smallest);
+}
+
+struct Panel {
+  bool plain = false;          // every key is there and has no bias
+  int32_t first_position = 0;  // the lowest position of a key that may be seen, INT32_MAX if there is none
+  int32_t position[kPanel];    // original position of the key, -1 where there is none
+  float bias[kPanel];          // in logit units; -inf where there is no key or it is padding
+};
+
+template <typename T, bool kBackward>
+class KeyPanels {
+ public:
+  // Gradients of keys are added to rows of these arrays of the head: position * stride.
+  float* grad_k_rows = nullptr;
+  float* grad_v_rows = nullptr;
+  int64_t grad_k_stride = 0, grad_v_stride = 0;
+
+  KeyPanels(const AttentionParams& p, const Plan& plan, Arena* arena) : p_(p), plan_(plan) {
+    const int64_t n = plan.cached_panels;
+    panels_ = arena->take<Panel>(n);
+    keys_t_ = arena->take<float>(n * p.D * kPanel);
+    values_ = arena->take<float>(n * kPanel * plan.dv_padded);
+    keys_ = arena->take<float>((kBackward ? n : 1) * kPanel * plan.d_padded);
+    if (p.rule.correct_duplicates) codes_ = arena->take<int32_t>(n * p.R * kPanel);
+    if (!kBackward) return;
+    values_t_ = arena->take<float>(n * p.Dv * kPanel);
+    grad_k_ = arena->take<float>(n * kPanel * plan.d_padded);
+    grad_v_ = arena->take<float>(n * kPanel * plan.dv_padded);
+  }
+
+  // Begins on a head. Positions outside [first, last) of the ring have no key, unless `wrap`.
+  void enter(const Head& head, int64_t first, int64_t last, bool wrap) {
+    head_ = head;
+    first_ = first;
+    last_ = last;
+    wrap_ = wrap;
+    begin_ = end_ = 0;
+  }
+
+  // Makes panels [from, to) available; to - from <= block_panels.
+  void require(int64_t from, int64_t to) {
+    if (from < begin_ || from > end_) {
+      flush();
+      begin_ = end_ = from;
+    }
+    while (end_ < to) {
+      if (end_ - begin_ == plan_.cached_panels) evict(begin_++);
+      pack(end_++);
+    }
+  }
+  void flush() {
+    while (begin_ < end_) evict(begin_++);
+  }
+
+  // Asks for the rows that the next tile will need: part `part` of `parts` of the keys that follow the packed
+  // ones, and in the backward pass of the gradient rows that will be added to to make room for them.
+  REFORMER_INLINE_MEMBER void prefetch(int64_t part, int64_t parts) const {
+    constexpr int64_t kBytes = sizeof(T);
+    const int64_t from = kTileRows * part / parts, to = kTileRows * (part + 1) / parts;
+    for (int64_t i = from; i < to; ++i) {
+      int64_t g = end_ * kPanel + i;
+      if (wrap_) g = floor_mod(g, plan_.ring_length);
+      if (g >= (wrap_ ? plan_.ring_length : last_) || g < 0) continue;
+      const int64_t position = head_.order[g];
+      prefetch_row(row_of<const T>(p_.k.data ? p_.k : p_.q, head_.b, head_.h, position), p_.D * kBytes);
+      prefetch_row(row_of<const T>(p_.v, head_.b, head_.h, position), p_.Dv * kBytes);
+    }
+    if (!kBackward || end_ - begin_ < plan_.cached_panels) return;
+    for (int64_t i = from; i < to; ++i) {
+      const int64_t position = panels_[slot(begin_ + i / kPanel)].position[i % kPanel];
+      if (position < 0) continue;
+      prefetch_row(grad_k_rows + position * grad_k_stride, p_.D * static_cast<int64_t>(sizeof(float)));
+      prefetch_row(grad_v_rows + position * grad_v_stride, p_.Dv * static_cast<int64_t>(sizeof(float)));
+    }
+  }
+
+  const Panel& panel(int64_t p) const { return panels_[slot(p)]; }
+  const float* keys_t(int64_t p) const { return keys_t_ + slot(p) * p_.D * kPanel; }           // [D][kPanel]
+  const float* values_t(int64_t p) const { return values_t_ + slot(p) * p_.Dv * kPanel; }      // [Dv][kPanel]
+  const float* keys(int64_t p) const { return keys_ + slot(p) * kPanel * plan_.d_padded; }     // [kPanel][D]
+  const float* values(int64_t p) const { return values_ + slot(p) * kPanel * plan_.dv_padded; }
+  const int32_t* codes(int64_t p) const { return codes_ + slot(p) * p_.R * kPanel; }           // [R][kPanel]
+  float* grad_k(int64_t p) { return grad_k_ + slot(p) * kPanel * plan_.d_padded; }
+  float* grad_v(int64_t p) { return grad_v_ + slot(p) * kPanel * plan_.dv_padded; }
+
+ private:
+  int64_t slot(int64_t panel) const { return panel & (plan_.cached_panels - 1); }
+
+  void pack(int64_t index) {
+    Panel& panel = panels_[slot(index)];
+    float* keys = keys_ + (kBackward ? slot(index) : 0) * kPanel * plan_.d_padded;
+    float* values = values_ + slot(index) * kPanel * plan_.dv_padded;
+    panel.plain = true;
+    panel.first_position = INT32_MAX;
+    for (int lane = 0; lane < kPanel; ++lane) {
+      const int64_t g = index * kPanel + lane;
+      const bool there = wrap_ || (g >= first_ && g < last_);
+      const int32_t position = there ? head_.order[wrap_ ? floor_mod(g, plan_.ring_length) : g] : -1;
+      const float bias = !there ? -kInfinity : head_.key_bias ? head_.key_bias[position] : 0.0f;
+      panel.position[lane] = position;
+      panel.bias[lane] = bias * kLog2E;
+      panel.plain &= bias == 0.0f;
+      float* key = keys + lane * plan_.d_padded;
+      float* value = values + lane * plan_.dv_padded;
+      if (bias == -kInfinity) {  // padding is never read, whatever it holds
+        memset(key, 0, static_cast<size_t>(plan_.d_padded) * sizeof(float));
+        memset(value, 0, static_cast<size_t>(plan_.dv_padded) * sizeof(float));
+        continue;
+      }
+      panel.first_position = min_of(panel.first_position, position);
+      const float norm = head_.inverse_norms ? head_.inverse_norms[position] : 1.0f;
+      load_row(row_of<const T>(p_.k.data ? p_.k : p_.q, head_.b, head_.h, position), p_.D, plan_.d_padded,
+               key, norm * p_.scale * kLog2E);
+      load_row(row_of<const T>(p_.v, head_.b, head_.h, position), p_.Dv, plan_.dv_padded, value);
+    }
+    if (p_.rule.correct_duplicates) {
+      int32_t* codes = codes_ + slot(index) * p_.R * kPanel;
+      for (int lane = 0; lane < kPanel; ++lane)
+        for (int64_t r = 0; r < p_.R; ++r)
+          codes[r * kPanel + lane] = panel.position[lane] < 0 ? 0 : head_.codes[panel.position[lane] * p_.R + r];
+    }
+    for (int half = 0; half < kPanel; half += kLanes) {
+      transpose_lanes(keys + half * plan_.d_padded, plan_.d_padded, p_.D,
+                      keys_t_ + slot(index) * p_.D * kPanel + half, kPanel);
+      if (kBackward)
+        transpose_lanes(values + half * plan_.dv_padded, plan_.dv_padded, p_.Dv,
+                        values_t_ + slot(index) * p_.Dv * kPanel + half, kPanel);
+    }
+    if (kBackward) {
+      memset(grad_k(index), 0, static_cast<size_t>(kPanel * plan_.d_padded) * sizeof(float));
+      memset(grad_v(index), 0, static_cast<size_t>(kPanel * plan_.dv_padded) * sizeof(float));
+    }
+  }
+
+  void evict(int64_t index) {
+    if (!kBackward) return;
+    const Panel& panel = panels_[slot(index)];
+    const float* grad_k_panel = grad_k(index);
+    const float* grad_v_panel = grad_v(index);
+    for (int lane = 0; lane < kPanel; ++lane) {
+      if (panel.bias[lane] == -kInfinity) continue;
+      const int64_t position = panel.position[lane];
+      add_row(grad_k_panel + lane * plan_.d_padded, p_.D, grad_k_rows + position * grad_k_stride);
+      add_row(grad_v_panel + lane * plan_.dv_padded, p_.Dv, grad_v_rows + position * grad_v_stride);
+    }
+  }
+
+  static void add_row(const float* src, int64_t n, float* dst) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(dst + i, load(dst + i) + load(src + i));
+    for (; i < n; ++i) dst[i] += src[i];
+  }
+
+  const AttentionParams& p_;
+  const Plan& plan_;
+  Head head_;
+  int64_t first_ = 0, last_ = 0, begin_ = 0, end_ = 0;
+  bool wrap_ = false;
+  Panel* panels_ = nullptr;
+  float *keys_t_ = nullptr, *values_t_ = nullptr, *keys_ = nullptr, *values_ = nullptr;
+  float *grad_k_ = nullptr, *grad_v_ = nullptr;
+  int32_t* codes_ = nullptr;
+};
+
+template <auto kValue>
+struct Constant {
+  static constexpr auto value = kValue;
+};
+
+// Which keys of a panel a query may attend to, and in how many rounds it meets them.
+class PairRule {
+ public:
+  PairRule(const AttentionParams& p, const Plan& plan) : p_(p), plan_(plan), lanes_(iota()) {
+    // In one bucket a causal range says it all.
+    if (p.rule.causal) compare_ = plan.inside_bucket ? Compare::kNone : Compare::kBefore;
+    else if (p.rule.exclude_self) compare_ = Compare::kOthers;
+  }
+
+  // Whether any row of a group may attend to any key of the panel, as far as can be told at once.
+  bool may_meet(const Tile& tile, int group, int64_t index, const Panel& panel) const {
+    if (index < tile.panel_low[group] || index >= tile.panel_high[group]) return false;
+    if (compare_ != Compare::kBefore) return panel.first_position != INT32_MAX;
+    return panel.first_position < tile.last_position[group] + (p_.rule.exclude_self ? 0 : 1);
+  }
+
+  // How positions decide: not at all, keys before a limit, or all keys but the query.
+  enum class Compare { kNone, kBefore, kOthers };
+  Compare compare() const { return compare_; }
+
+  // Lanes [half, half + kLanes) of panel `index` that row `i` may attend to.
+  template <Compare kCompare>
+  REFORMER_INLINE_MEMBER vint visible(const Tile& tile, int i, int64_t index, const Panel& panel, int half) const {
+    vint mask = splat(-1);
+    if constexpr (kCompare == Compare::kBefore)
+      mask = load(panel.position + half) < splat(tile.position[i] + (p_.rule.exclude_self ? 0 : 1));
+    if constexpr (kCompare == Compare::kOthers) mask = load(panel.position + half) != splat(tile.position[i]);
+    if (index < tile.full_low[i] || index >= tile.full_high[i]) {
+      const int64_t g = index * kPanel + half;
+      const int64_t low = min_of<int64_t>(max_of<int64_t>(tile.low[i] - g, 0), kLanes);
+      const int64_t high = min_of<int64_t>(max_of<int64_t>(tile.high[i] - g, 0), kLanes);
+      mask &= (lanes_ >= splat(static_cast<int32_t>(low))) & (lanes_ < splat(static_cast<int32_t>(high)));
+    }
+    if (!panel.plain) mask &= load(panel.bias + half) > splat(-kInfinity);
+    return mask;
+  }
+
+  // Calls f with compare() as a constant.
+  template <typename F>
+  REFORMER_INLINE_MEMBER void with_compare(F f) const {
+    switch (compare_) {
+      case Compare::kNone: f(Constant<Compare::kNone>()); break;
+      case Compare::kBefore: f(Constant<Compare::kBefore>()); break;
+      case Compare::kOthers: f(Constant<Compare::kOthers>()); break;
+    }
+  }
+
+  // 1 / (rounds in which the query with these codes meets the keys of a panel).
+  vfloat inverse_count(const int32_t* row_codes, const int32_t* panel_codes, int half) const {
+    const vuint span = (vuint)splat(plan_.before + plan_.after);
+    vint count{};
+    if (!p_.rule.ring || plan_.inside_bucket) {
+      for (int64_t r = 0; r < p_.R; ++r) {
+        const vint distance = splat(row_codes[r] + plan_.after) - load(panel_codes + r * kPanel + half);
+        count -= (vint)((vuint)distance <= span);
+      }
+    } else {
+      // On the ring a key of any round may be in reach, and more than once where the reach is longer.
+      const int32_t chunks = static_cast<int32_t>(plan_.chunks), ring = chunks * static_cast<int32_t>(p_.R);
+      const int32_t turns = (plan_.before + plan_.after) / ring + 2;
+      for (int32_t r = 0; r < p_.R; ++r)
+        for (int32_t other = 0; other < p_.R; ++other)
+          for (int32_t turn = -turns; turn <= turns; ++turn) {
+            const int32_t base = row_codes[r] + (r - other) * chunks + turn * ring + plan_.after;
+            const vint distance = splat(base) - load(panel_codes + other * kPanel + half);
+            count -= (vint)((vuint)distance <= span);
+          }
+    }
+    return 1.0f / __builtin_convertvector(count > 1 ? count : splat(1), vfloat);
+  }
+
+  // factors[i * stride + k] = keep_scale or 0 for rows [0, rows) and the keys of panels [from, to).
+  void write_dropout(const Head& head, const Tile& tile, int64_t from, int64_t to, float* factors,
+                     int64_t stride) const {
+    const int64_t padded_length = round_up(p_.L, 4);
+    for (int i = 0; i < tile.rows; ++i) {
+      int64_t g = from * kPanel;
+      float* out = factors + i * stride;
+      while (g < to * kPanel) {
+        const int64_t on_ring = floor_mod(g, plan_.ring_length), round = on_ring / p_.L, rank = on_ring % p_.L;
+        const int64_t run = min_of(to * kPanel - g, p_.L - rank);
+        const int64_t first_slot = round * padded_length + rank;
+        uint32_t words[4 * kLanes];
+        int64_t skip = first_slot % 4;
+        for (int64_t done = 0, block = first_slot / 4; done < run; block += kLanes) {
+          philox_blocks(p_.seed, static_cast<uint32_t>(head.index), static_cast<uint32_t>(tile.round),
+                        static_cast<uint32_t>(tile.first_rank + i), static_cast<uint32_t>(block), words);
+          const int64_t n = min_of<int64_t>(run - done, 4 * kLanes - skip);
+          for (int64_t k = 0; k < n; ++k)
+            out[done + k] = words[skip + k] >= p_.dropout_threshold ? p_.keep_scale : 0.0f;
+          done += n;
+          skip = 0;
+        }
+        g += run;
+        out += run;
+      }
+    }
+  }
+
+ private:
+  const AttentionParams& p_;
+  const Plan& plan_;
+  vint lanes_;
+  Compare compare_ = Compare::kNone;
+};
+
+}  // namespace REFORMER_ISA
+}  // namespace reformer

@@ -1,0 +1,135 @@
+"""Attention as semantics define it, in scalar Python loops: shares no code with the package.
+
+Slow on purpose and independent of the reference's tensor algebra; for tiny sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reformer_kernels.config import AttentionRule
+
+MASK = 0xFFFFFFFF
+
+
+def philox_words(key: Sequence[int], counter: Sequence[int]) -> list[int]:
+    """Philox-4x32-10 with Python's unbounded integers."""
+    k, c = list(key), list(counter)
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(b >> 32) ^ c[1] ^ k[0], b & MASK, (a >> 32) ^ c[3] ^ k[1], a & MASK]
+        k = [(k[0] + 0x9E3779B9) & MASK, (k[1] + 0xBB67AE85) & MASK]
+    return c
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A key at its place in one round's order, as met by a query in round `asking`."""
+
+    key: int
+    asking: int
+    query_rank: int
+    round: int
+    rank: int
+
+
+def instances(
+    order: Sequence[Sequence[int]], starts: Sequence[Sequence[int]], rule: AttentionRule, i: int
+) -> list[Instance]:
+    """What the query at position i meets in each round, before causal, self and padding masks."""
+    R, L = len(order), len(order[0])
+    bucket = [
+        [max(x for x in range(len(starts[r]) - 1) if starts[r][x] <= p) for p in range(L)] for r in range(R)
+    ]
+    # The chunks of the ring, each a list of (round, rank).
+    C = rule.chunk_length
+    chunks = [[(r, p) for p in range(c, min(c + C, L))] for r in range(R) for c in range(0, L, C)]
+    found = []
+    for r in range(R):
+        rank = list(order[r]).index(i)
+        if rule.bucket_window:
+            places = [
+                (r, p) for p in range(rank - rule.window_before, rank + rule.window_after + 1) if 0 <= p < L
+            ]
+        else:
+            own = next(n for n, chunk in enumerate(chunks) if (r, rank) in chunk)
+            near = range(own - rule.chunks_before, own + rule.chunks_after + 1)
+            places = []
+            for n in near:
+                if rule.ring:
+                    places += chunks[n % len(chunks)]
+                elif 0 <= n < len(chunks):
+                    places += [place for place in chunks[n] if place[0] == r]
+        for round_, p in places:
+            if rule.bucket_mask and (round_ != r or bucket[r][p] != bucket[r][rank]):
+                continue
+            found.append(Instance(order[round_][p], r, rank, round_, p))
+    return found
+
+
+def attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    order: Tensor,
+    bucket_starts: Tensor,
+    padding: Tensor | None,
+    seed: int,
+    rule: AttentionRule,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """out (B, H, L, Dv) and lse (B, H, L), float64, without gradients."""
+    B, H, L, D = q.shape
+    out, lse = torch.zeros(v.shape, dtype=torch.float64), torch.zeros(q.shape[:3], dtype=torch.float64)
+    for b in range(B):
+        pad = [False] * L if padding is None else padding[b].tolist()
+        for h in range(H):
+            rows = [[0.0] * D if pad[i] else q[b, h, i].tolist() for i in range(L)]
+            if k is None:
+                keys = [normalised(row, rule.key_norm) for row in rows]
+            else:
+                keys = [[0.0] * D if pad[i] else k[b, h, i].tolist() for i in range(L)]
+            for i in range(L):
+                met = [
+                    x
+                    for x in instances(order[b, h].tolist(), bucket_starts[b, h].tolist(), rule, i)
+                    if not pad[x.key]
+                    and not (rule.causal and x.key > i)
+                    and not (rule.exclude_self and x.key == i)
+                ]
+                if not met:
+                    alone = rule.exclude_self and not pad[i]
+                    lse[b, h, i] = -1e5 if alone else -math.inf
+                    out[b, h, i] = v[b, h, i] if alone else 0
+                    continue
+                count = Counter(x.key for x in met)
+                weights = []
+                for x in met:
+                    s = scale * sum(a * c for a, c in zip(rows[i], keys[x.key], strict=True))
+                    weights.append(math.exp(s) / (count[x.key] if rule.correct_duplicates else 1))
+                total = sum(weights)
+                lse[b, h, i] = math.log(total)
+                for x, weight in zip(met, weights, strict=True):
+                    slot = x.round * 4 * math.ceil(L / 4) + x.rank
+                    words = philox_words(
+                        (seed & MASK, seed >> 32 & MASK), (b * H + h, x.asking, x.query_rank, slot // 4)
+                    )
+                    if words[slot % 4] >= math.floor(dropout_p * 2**32):
+                        out[b, h, i] += weight / total / (1 - dropout_p) * v[b, h, x.key].double()
+    return out, lse
+
+
+def normalised(row: list[float], key_norm: int) -> list[float]:
+    squares = sum(a * a for a in row)
+    if key_norm == 1:
+        return [a / math.sqrt(squares / len(row) + 1e-6) / math.sqrt(len(row)) for a in row]
+    if key_norm == 2:
+        return [a / max(math.sqrt(squares), 1e-12) for a in row]
+    return row

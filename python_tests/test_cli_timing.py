@@ -1,0 +1,96 @@
+"""The timing harness and the memory meter, on calls whose cost is known."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from reformer_kernels.cli import memory
+from reformer_kernels.cli.timing import Case, Spread, interleave, percentile
+
+
+def test_percentiles_interpolate() -> None:
+    values = [4.0, 1.0, 3.0, 2.0, 5.0]
+    assert [percentile(values, p) for p in (0, 20, 50, 80, 100)] == pytest.approx([1, 1.8, 3, 4.2, 5])
+    assert percentile([7.0], 20) == 7.0
+    with pytest.raises(ValueError, match="no values"):
+        percentile([], 50)
+    assert Spread.of([3.0, 1.0, 2.0]) == Spread(3, 1.4, 2.0, 2.6)
+
+
+def recorder(calls: list[str], name: str, seconds: float) -> Case:
+    def run() -> dict[str, float]:
+        calls.append(name)
+        time.sleep(seconds)
+        return {"forward": seconds}
+
+    return Case(run)
+
+
+def test_cases_take_turns() -> None:
+    calls: list[str] = []
+    cases = [recorder(calls, "a", 0.006), recorder(calls, "b", 0.006)]
+    interleave(cases, budget=10, max_repeats=3)
+    # Two warm-ups each; then in each turn one untimed call, for the caches, and one timed.
+    assert "".join(calls) == "aabb" + "aabb" * 3
+    assert [case.n for case in cases] == [3, 3]
+
+
+def test_short_calls_are_repeated_within_a_sample() -> None:
+    calls: list[str] = []
+    case = recorder(calls, "a", 0.0)
+    interleave([case], budget=10, max_repeats=2)
+    assert case.n == 2
+    assert len(calls) > 20
+    assert case.samples["forward"] == [0.0, 0.0]
+
+
+def test_slow_cases_stop_at_their_budget_with_at_least_one_sample() -> None:
+    calls: list[str] = []
+    cases = [recorder(calls, "slow", 0.15), recorder(calls, "quick", 0.005)]
+    interleave(cases, budget=0.1, max_repeats=6)
+    assert cases[0].n == 1
+    assert cases[1].n > 1
+
+
+def test_the_same_call_is_not_warmed_up_twice_where_it_is_slow() -> None:
+    calls: list[str] = []
+    forward = recorder(calls, "forward", 0.1)
+    both = recorder(calls, "both", 0.1)
+    both.warmed_by = forward
+    interleave([forward, both], budget=0.1, max_repeats=1)
+    assert calls == ["forward", "forward", "both"]
+
+
+MIB = 2**20
+
+
+@pytest.mark.skipif(
+    not memory.can_measure(torch.device("cpu")), reason="peak memory is measured on Linux, through /proc/self"
+)
+def test_peak_counts_what_is_held_beyond_the_results() -> None:
+    """In a fresh process, as the benchmark does: 48 MiB of scratch at once, 16 MiB of it returned."""
+    import os
+    import subprocess
+    import sys
+
+    script = """
+import torch
+from reformer_kernels.cli.memory import peak_of
+MIB = 2**20
+def call():
+    kept = torch.ones(16 * MIB // 4)
+    for _ in range(3):  # three times one after the other is not more at once
+        scratch = torch.ones(32 * MIB // 4)
+        del scratch
+    return [kept]
+torch.ones(8).sum()
+print(peak_of(call, torch.device("cpu")), peak_of(lambda: [torch.ones(16 * MIB // 4)], torch.device("cpu")))
+"""
+    environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_=str(memory.OWN_MAPPING_ABOVE))
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    scratch, nothing = (int(word) for word in done.stdout.split())
+    assert abs(scratch - 32 * MIB) < 1.5 * MIB
+    assert nothing < 1.5 * MIB

@@ -1,0 +1,67 @@
+"""Checks of command-line arguments: the value, or the end of the command with a reason and exit code 2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import typer
+from rich.console import Console
+
+BACKENDS = ("auto", "reference", "native", "triton")
+Number = TypeVar("Number", int, float)
+
+
+def usage_error(message: str) -> typer.BadParameter:
+    """To be raised: printed as the command's own message, exit code 2, no traceback."""
+    return typer.BadParameter(message)
+
+
+def positive(name: str, value: Number, most: Number | None = None) -> Number:
+    if not value > 0 or value == float("inf"):
+        raise usage_error(f"{name} must be positive, got {value}")
+    if most is not None and value > most:
+        raise usage_error(f"{name} must be at most {most}, got {value}")
+    return value
+
+
+def integers(name: str, text: str) -> tuple[int, ...]:
+    """Positive integers separated by commas."""
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise usage_error(f"{name} must be positive integers separated by commas, got {text!r}") from None
+    if any(value < 1 for value in values):
+        raise usage_error(f"{name} must be positive integers separated by commas, got {text!r}")
+    return tuple(dict.fromkeys(values))
+
+
+def choice(name: str, value: str, accepted: Sequence[str]) -> str:
+    if value not in accepted:
+        raise usage_error(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
+    return value
+
+
+def choices(name: str, text: str, accepted: Sequence[str]) -> tuple[str, ...]:
+    """Words separated by commas, each accepted; "none" or nothing: no words."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if words in ([], ["none"]):
+        return ()
+    return tuple(dict.fromkeys(choice(name, word, accepted) for word in words))
+
+
+def writable_file(name: str, path: Path | None) -> None:
+    """Refuse early, before minutes of work, a file that could not be written at the end."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise usage_error(f"{name} must name a file, got the folder {path}")
+    if not path.absolute().parent.is_dir():
+        raise usage_error(f"{name}: the folder {path.absolute().parent} does not exist")
+
+
+def new_console() -> Console:
+    """Standard output; where it is no terminal (a file, a pipe), wide enough for every column."""
+    console = Console()
+    return console if console.is_terminal else Console(width=180)

@@ -1,0 +1,125 @@
+"""The one timing harness: warm-up, interleaved repeats, median and spread.
+
+Tests, the command line and bench/ all time through `interleave`, so that a ratio always compares calls that
+took turns (A B A B ...) in one process, on one machine, in one state.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+SHORTEST_SAMPLE = 0.004
+"""Seconds: calls shorter than this are repeated within a sample, so that the clock's grain does not show."""
+
+QUICK_CALL = 0.1
+"""Seconds: a call shorter than this is run once, untimed, before each sample, since its turn comes with
+caches that the other calls have filled."""
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The percentile by linear interpolation between the two nearest values."""
+    if not values:
+        raise ValueError("percentile of no values")
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds a call: the median of n samples and their 20th and 80th percentiles."""
+
+    n: int
+    p20: float
+    median: float
+    p80: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Spread:
+        return cls(len(samples), *(percentile(samples, p) for p in (20, 50, 80)))
+
+
+@dataclass
+class Case:
+    """A call to be timed: `run` does the work once and returns the seconds of each of its phases."""
+
+    run: Callable[[], dict[str, float]]
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    spent: float = 0.0
+    calls_per_sample: int = 1
+    warm_up_seconds: float = 0.0
+    warmed_by: Case | None = None
+    """A case of the same call: where it is slow, its warm-up does for both."""
+
+    @property
+    def n(self) -> int:
+        return max((len(values) for values in self.samples.values()), default=0)
+
+    def warm_up(self, slow: float) -> None:
+        """Run untimed: twice where the call is quick, since the first call also allocates and loads."""
+        if self.warmed_by is not None and self.warmed_by.warm_up_seconds > slow:
+            self.warm_up_seconds = self.warmed_by.warm_up_seconds
+            return
+        for _ in range(2):
+            start = time.perf_counter()
+            self.run()
+            self.warm_up_seconds = time.perf_counter() - start
+            if self.warm_up_seconds > slow:
+                break
+        self.calls_per_sample = max(1, math.ceil(SHORTEST_SAMPLE / max(self.warm_up_seconds, 1e-7)))
+
+    def sample(self) -> None:
+        start = time.perf_counter()
+        if self.warm_up_seconds < QUICK_CALL:
+            self.run()
+        totals: dict[str, float] = {}
+        for _ in range(self.calls_per_sample):
+            for phase, seconds in self.run().items():
+                totals[phase] = totals.get(phase, 0.0) + seconds
+        for phase, seconds in totals.items():
+            self.samples.setdefault(phase, []).append(seconds / self.calls_per_sample)
+        self.spent += time.perf_counter() - start
+
+    def spreads(self) -> dict[str, Spread]:
+        return {phase: Spread.of(values) for phase, values in self.samples.items()}
+
+
+def interleave(
+    cases: Sequence[Case],
+    *,
+    budget: float,
+    max_repeats: int,
+    progress: Callable[[int], None] = lambda case: None,
+) -> None:
+    """Time every case in turns until each has `max_repeats` samples or has used `budget` seconds.
+
+    Every case gets at least one sample, however slow; `progress` hears the index of the case about to run.
+    """
+    for index, case in enumerate(cases):
+        progress(index)
+        case.warm_up(budget / 4)
+    for _ in range(max_repeats):
+        for index, case in enumerate(cases):
+            # A slow case stops early enough not to overrun its budget by a whole call.
+            if case.n and case.spent + case.spent / case.n > budget:
+                continue
+            progress(index)
+            case.sample()
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done all it was given."""
+    synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,211 @@
+"""Operators of attention over sorted orders on the CPU: schema, fake kernel and autograd formula.
+
+`native_attention` returns out (B, H, L, D_v) in q's dtype and the log-sum-exp (B, H, L) in float32, both
+differentiable. The arguments are those of `reference.attention`, the rule as `AttentionRule.pack()` gives it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reformer_kernels import _native
+from reformer_kernels.config import AttentionRule
+
+_ARGUMENTS = (
+    "Tensor q, Tensor? k, Tensor v, Tensor order, Tensor bucket_starts, Tensor? key_bias, Tensor? seed, "
+    "int[] rule, float scale, float dropout_p"
+)
+torch.library.define("reformer_kernels::native_attention", f"({_ARGUMENTS}) -> (Tensor out, Tensor lse)")
+torch.library.define(
+    "reformer_kernels::native_attention_backward",
+    f"(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_ARGUMENTS}) "
+    "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+)
+
+
+def _empty_rows_like(tensor: Tensor) -> Tensor:
+    """Uninitialised memory in the layout of `tensor`, so that a transposed view of a projection's output
+    gets a result that transposes back for free; the last dimension is contiguous in any case."""
+    result = torch.empty_like(tensor)
+    return result if result.stride(-1) == 1 or result.size(-1) == 1 else torch.empty(
+        tensor.shape, dtype=tensor.dtype, device=tensor.device
+    )
+
+
+def _contiguous_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.size(-1) == 1 else tensor.contiguous()
+
+
+def _parameters(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    order: Tensor,
+    bucket_starts: Tensor,
+    key_bias: Tensor | None,
+    seed: Tensor | None,
+    rule: list[int],
+    scale: float,
+    dropout_p: float,
+    out: Tensor,
+    lse: Tensor,
+) -> Any:
+    """The kernels' parameter struct. The caller keeps every tensor alive while it is used."""
+    native = _native.extension()
+    batch, heads, length, dim = q.shape
+    rounds, starts_size = order.size(2), bucket_starts.size(-1)
+    dtypes = [q.dtype] if q.dtype in _native.DTYPES else list(_native.DTYPES)
+    names = [field.name for field in dataclasses.fields(AttentionRule)]
+    int32, float32 = [torch.int32], [torch.float32]
+    return native.AttentionParams(
+        B=batch,
+        H=heads,
+        L=length,
+        D=dim,
+        Dv=v.size(-1),
+        R=rounds,
+        dtype=_native.DTYPES.get(q.dtype, -1),
+        q=_native.rows(q, "q", shape=q.shape, dtypes=dtypes),
+        k=native.Rows() if k is None else _native.rows(k, "k", shape=q.shape, dtypes=dtypes),
+        v=_native.rows(v, "v", shape=(batch, heads, length, v.size(-1)), dtypes=dtypes),
+        order=_native.pointer(order, "order", shape=(batch, heads, rounds, length), dtypes=int32),
+        starts=_native.pointer(
+            bucket_starts, "bucket_starts", shape=(batch, heads, rounds, starts_size), dtypes=int32
+        ),
+        starts_size=starts_size,
+        key_bias=0
+        if key_bias is None
+        else _native.pointer(key_bias, "key_bias", shape=(batch, length), dtypes=float32),
+        rule=native.AttentionRule(**dict(zip(names, rule, strict=True))),
+        scale=scale,
+        dropout_threshold=min(int(dropout_p * 2**32), 2**32 - 1),
+        keep_scale=1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
+        seed=0 if seed is None else int(seed) & (2**64 - 1),
+        out=_native.rows(out, "out", shape=v.shape, dtypes=dtypes),
+        lse=_native.pointer(lse, "lse", shape=(batch, heads, length), dtypes=float32),
+        threads=_native.threads(),
+    )
+
+
+def _workspace(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)  # torch aligns CPU memory to 64 bytes
+
+
+@torch.library.impl("reformer_kernels::native_attention", "CPU")
+def _(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    order: Tensor,
+    bucket_starts: Tensor,
+    key_bias: Tensor | None,
+    seed: Tensor | None,
+    rule: list[int],
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    native = _native.extension()
+    q, v = _contiguous_rows(q), _contiguous_rows(v)
+    k = None if k is None else _contiguous_rows(k)
+    out, lse = _empty_rows_like(v), torch.empty(q.shape[:3], dtype=torch.float32)
+    parameters = _parameters(
+        q, k, v, order, bucket_starts, key_bias, seed, rule, scale, dropout_p, out, lse
+    )
+    workspace = _workspace(native.attention_forward_workspace_bytes(parameters))
+    parameters.workspace = _native.pointer(
+        workspace, "workspace", shape=workspace.shape, dtypes=[torch.uint8]
+    )
+    native.attention_forward(parameters)
+    return out, lse
+
+
+@torch.library.register_fake("reformer_kernels::native_attention")
+def _(q, k, v, order, bucket_starts, key_bias, seed, rule, scale, dropout_p):  # type: ignore[no-untyped-def]
+    return _empty_rows_like(v), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+
+
+@torch.library.impl("reformer_kernels::native_attention_backward", "CPU")
+def _(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    order: Tensor,
+    bucket_starts: Tensor,
+    key_bias: Tensor | None,
+    seed: Tensor | None,
+    rule: list[int],
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    native = _native.extension()
+    q, v = _contiguous_rows(q), _contiguous_rows(v)
+    k = None if k is None else _contiguous_rows(k)
+    grad_out = torch.zeros_like(out) if grad_out is None else _contiguous_rows(grad_out)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    grad_q, grad_v = _empty_rows_like(q), _empty_rows_like(v)
+    grad_k = q.new_empty(0) if k is None else _empty_rows_like(k)
+    parameters = _parameters(
+        q, k, v, order, bucket_starts, key_bias, seed, rule, scale, dropout_p, out, lse
+    )
+    gradients = native.AttentionGradients(
+        grad_out=_native.rows(grad_out, "grad_out", shape=out.shape, dtypes=[q.dtype]),
+        grad_lse=0
+        if grad_lse is None
+        else _native.pointer(grad_lse, "grad_lse", shape=lse.shape, dtypes=[torch.float32]),
+        grad_q=_native.rows(grad_q, "grad_q", shape=q.shape, dtypes=[q.dtype]),
+        grad_k=native.Rows()
+        if k is None
+        else _native.rows(grad_k, "grad_k", shape=q.shape, dtypes=[q.dtype]),
+        grad_v=_native.rows(grad_v, "grad_v", shape=v.shape, dtypes=[q.dtype]),
+    )
+    workspace = _workspace(native.attention_backward_workspace_bytes(parameters))
+    parameters.workspace = _native.pointer(
+        workspace, "workspace", shape=workspace.shape, dtypes=[torch.uint8]
+    )
+    native.attention_backward(parameters, gradients)
+    return grad_q, grad_k, grad_v
+
+
+@torch.library.register_fake("reformer_kernels::native_attention_backward")
+def _(grad_out, grad_lse, out, lse, q, k, v, *rest):  # type: ignore[no-untyped-def]
+    return _empty_rows_like(q), q.new_empty(0) if k is None else _empty_rows_like(k), _empty_rows_like(v)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, order, bucket_starts, key_bias, seed, rule, scale, dropout_p = inputs
+    ctx.save_for_backward(*output, q, k, v, order, bucket_starts, key_bias, seed)
+    ctx.options = (rule, scale, dropout_p)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_out is None and grad_lse is None:
+        return (None,) * 10
+    grad_q, grad_k, grad_v = torch.ops.reformer_kernels.native_attention_backward(
+        grad_out, grad_lse, *ctx.saved_tensors, *ctx.options
+    )
+    has_k = ctx.saved_tensors[3] is not None
+    return grad_q, grad_k if has_k else None, grad_v, *(None,) * 7
+
+
+torch.library.register_autograd(
+    "reformer_kernels::native_attention", _backward, setup_context=_setup_context
+)
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "reformer_kernels: attention's native kernels have no second derivative; use "
+        'backend="reference" for double backward'
+    )
+
+
+torch.library.register_autograd("reformer_kernels::native_attention_backward", _no_double_backward)
