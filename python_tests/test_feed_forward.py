@@ -18,11 +18,6 @@ from reformer_kernels.ops.feed_forward.reference import feed_forward
 D_IN, D_FF, D_OUT = 5, 7, 3
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 def arguments(
     activation: str, rows: int = 23, bias: bool = True, dtype: torch.dtype = torch.float64, **like: Any
 ) -> list[Tensor | None]:

@@ -18,11 +18,6 @@ from reformer_kernels.ops.linear_cross_entropy.reference import linear_cross_ent
 D, V, ROWS = 5, 11, 23
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 def inputs(dtype: torch.dtype = torch.float64, rows: int = ROWS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = (2 * torch.randn(rows, D)).to(dtype).requires_grad_()
     weight = torch.randn(V, D).to(dtype).requires_grad_()

@@ -22,11 +22,6 @@ D = 6
 TOLERANCE = 1e-10
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 def feed_forward(dropout: float = 0.0, dtype: torch.dtype = torch.float64) -> nn.Module:
     return nn.Sequential(
         nn.LayerNorm(D), nn.Linear(D, 2 * D), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * D, D)
@@ -659,12 +654,13 @@ def test_inside_a_compiled_model() -> None:
 def test_deterministic_algorithms() -> None:
     layers = sequence(2, 0.2)
     x = streams()
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
         first = gradients(lambda: weigh(layers(x)), [x, *layers.parameters()])
         second = gradients(lambda: weigh(layers(x)), [x, *layers.parameters()])
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before)
     assert all(map(torch.equal, first[1], second[1]))
 
 

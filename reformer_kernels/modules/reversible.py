@@ -124,7 +124,8 @@ class ReversibleSequence(nn.Module):
             from the first one by rounding, which grows with depth. "exact": streams in fixed point (int32),
             where a rebuilt activation equals the first to the last bit.
         scale: for "exact": a power of two, the streams' steps per unit; values must stay below 2**31 / scale.
-            None: chosen in each call from the input, so that streams may grow to 256 times its largest value.
+            None: chosen in each call from the input, so that streams may grow to 256 times its largest value,
+            or 256 if that is below 1.
         route, compute_dtype: of the blocks that are given as pairs: see `ReversibleBlock`.
         preserve_random_state: recompute with the random numbers of the first run (dropout needs it).
         keep_layouts: keep what modules choose through `remember` (LSH attention's layouts), so that rounding
@@ -233,7 +234,8 @@ class ReversibleSequence(nn.Module):
                     "fixed-point "
                     "streams in an earlier step, whose results are wrong. The range is 2**31 / scale: "
                     + (
-                        "256 times the largest input, as scale is automatic; give a smaller scale"
+                        "256 times the larger of 1 and the largest input, as scale is automatic; give a "
+                        "smaller scale"
                         if self.scale is None
                         else f"{2.0**31 / self.scale:g}, as scale is {self.scale:g}; give a smaller one"
                     )

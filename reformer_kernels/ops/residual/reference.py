@@ -14,7 +14,7 @@ LIMIT = 2.0**31
 """Scaled values at or above this (in magnitude) have no int32."""
 
 HEADROOM_BITS = 8
-"""The automatic scale lets the streams grow to 2**8 times the input's largest value."""
+"""The automatic scale lets the streams grow to 2**8 times the input's largest value, or 1."""
 
 MAX_SCALE_BITS = 60
 """Bounds of the automatic scale's exponent, so that scale and 1 / scale are ordinary float32 numbers."""
@@ -26,17 +26,20 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def automatic_scale(*values: Tensor) -> Tensor:
-    """The power of two 2**k with max|value| * 2**HEADROOM_BITS <= 2**31 / 2**k, a float32 scalar on the
-    device.
+    """The largest power of two with max(1, max|value|) * 2**HEADROOM_BITS <= 2**31 / scale: a float32 scalar
+    on the device.
 
-    Values that are all zero count as 1. Not finite ones give an arbitrary scale (encoding them sets the
-    flag). No host synchronisation.
+    The 1 is there because blocks that normalise their input add values near 1 however small the streams are.
+    Values that are not finite give an arbitrary scale (encoding them sets the flag). No host synchronisation.
     """
-    largest = torch.stack([value.detach().abs().amax().float() for value in values if value.numel()]).amax()
-    largest = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
+    one = torch.ones((), dtype=torch.float32, device=values[0].device)
+    largest = torch.stack(
+        [one, *(value.detach().abs().amax().float() for value in values if value.numel())]
+    ).amax()
+    largest = torch.where(largest.isfinite(), largest, one)
     bits = (31 - HEADROOM_BITS) - torch.ceil(torch.log2(largest))
     # ldexp, not exp2: only the former is exact for every integer exponent.
-    return torch.ldexp(torch.ones_like(bits), bits.clamp(-MAX_SCALE_BITS, MAX_SCALE_BITS).to(torch.int32))
+    return torch.ldexp(one, bits.clamp(-MAX_SCALE_BITS, MAX_SCALE_BITS).to(torch.int32))
 
 
 def _quantise(values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
