@@ -7,7 +7,7 @@ import copy
 import gc
 import io
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from reformer_kernels.cli.allocations import peak_allocated
 from reformer_kernels.modules._replay import remember
 from reformer_kernels.modules.reversible import ReversibleBlock, ReversibleSequence
 
@@ -904,18 +905,6 @@ def test_remembered_choices_are_replayed_where_asked() -> None:
         assert_same(ours, gradients(lambda layers=layers: weigh(layers.ordinary(x)), [x]))
 
 
-@contextlib.contextmanager
-def peak_memory(result: list[int]) -> Iterator[None]:
-    with torch.profiler.profile(profile_memory=True) as profile:
-        yield
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    result.append(peak)
-
-
 @pytest.mark.parametrize("residual", ["float", "exact"])
 def test_memory_does_not_grow_with_depth(residual: Any) -> None:
     peaks: list[int] = []
@@ -926,10 +915,8 @@ def test_memory_does_not_grow_with_depth(residual: Any) -> None:
             residual=residual,
         )
         weigh(layers(x)).backward()  # allocates the parameters' gradients
-        with peak_memory(peaks):
-            weigh(layers(x)).backward()
+        peaks.append(peak_allocated(lambda layers=layers: weigh(layers(x)).backward()))
     # What grows: two random-number states of 5 KB a block.
     assert peaks[1] - 9 * 2 * 5200 <= 1.1 * peaks[0], peaks
-    with peak_memory(peaks):
-        weigh(layers.ordinary(x)).backward()
+    peaks.append(peak_allocated(lambda: weigh(layers.ordinary(x)).backward()))
     assert peaks[2] > 2 * peaks[1], peaks

@@ -278,11 +278,12 @@ def _autograd_sum(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None
     none: tuple[None, ...] = (None,) * 10
     if grad is None:
         return none
+    saved = ctx.saved_tensors
     of_x, of_weight, of_bias = (
-        torch.ops.reformer_kernels.linear_cross_entropy_scale(saved, grad, source, source.dtype)
+        torch.ops.reformer_kernels.linear_cross_entropy_scale(unscaled, grad, source, source.dtype)
         if needed
         else None
-        for saved, source, needed in zip(ctx.saved_tensors[:3], ctx.saved_tensors[3:], ctx.needs, strict=True)
+        for unscaled, source, needed in zip(saved[:3], saved[3:], ctx.needs, strict=True)
     )
     return of_x, of_weight, None, of_bias, *none[4:]
 
