@@ -92,7 +92,9 @@ def test_bad_arguments_end_with_code_2_and_a_reason(arguments: list[str], messag
 
 def test_bench_writes_all_that_it_measures(tmp_path: Path) -> None:
     json_file, csv_file = tmp_path / "out.json", tmp_path / "out.csv"
-    result = invoke("bench", "lsh", *SMALL, "--repeats", "2", "--json", str(json_file), "--csv", str(csv_file))
+    result = invoke(
+        "bench", "lsh", *SMALL, "--repeats", "2", "--json", str(json_file), "--csv", str(csv_file)
+    )
     assert result.exit_code == 0, result.output
     report = json.loads(json_file.read_text())
     assert report["machine"]["threads"] == torch.get_num_threads()
@@ -169,7 +171,9 @@ def test_dtypes_lengths_and_no_peers() -> None:
 def test_a_length_that_a_peer_refuses_is_said() -> None:
     result = invoke("bench", "lsh", *QUICK, "--seq-lens", "100", "--compare", "lucidrains,hf")
     assert result.exit_code == 0, result.output
-    assert "reformer_pytorch needs a length that is a multiple of twice the chunk length (128)" in plain(result.output)
+    assert "reformer_pytorch needs a length that is a multiple of twice the chunk length (128)" in plain(
+        result.output
+    )
     assert "needs a length that is a multiple of the chunk length (64), got 100" in plain(result.output)
 
 
@@ -242,7 +246,9 @@ def test_peer_rows_compute_on_the_same_tensors() -> None:
     ours = workloads.build("lsh", "trax()", problem)
     hugging_face = workloads.build("lsh", "Hugging Face", problem)
     assert torch.equal(workloads.flat(ours.inputs[0]), hugging_face.inputs[0])
-    assert torch.equal(ours.inputs[0].flatten(0, 1), workloads.build("lsh", "reformer_pytorch", problem).inputs[0])
+    assert torch.equal(
+        ours.inputs[0].flatten(0, 1), workloads.build("lsh", "reformer_pytorch", problem).inputs[0]
+    )
     out, gradients, seconds = hugging_face.forward_and_backward()
     assert out.shape == (1, 128, 32)
     assert len(gradients) == 2

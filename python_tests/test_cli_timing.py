@@ -90,7 +90,9 @@ torch.ones(8).sum()
 print(peak_of(call, torch.device("cpu")), peak_of(lambda: [torch.ones(16 * MIB // 4)], torch.device("cpu")))
 """
     environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_=str(memory.OWN_MAPPING_ABOVE))
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
     scratch, nothing = (int(word) for word in done.stdout.split())
     assert abs(scratch - 32 * MIB) < 1.5 * MIB
     assert nothing < 1.5 * MIB

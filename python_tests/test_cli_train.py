@@ -21,7 +21,24 @@ from reformer_kernels.cli.train import Interrupt
 from reformer_kernels.cli.training import CheckpointError, DivergedError, Recipe, Trainer, read_checkpoint
 
 TINY = Recipe(seq_len=64, batch=2, layers=1, dim=16, heads=2, hashes=2, chunk=8, lr=1e-2, steps=8)
-OPTIONS = "--seq-len 64 --batch 2 --layers 1 --dim 16 --heads 2 --hashes 2 --chunk 8 --sample-length 20".split()
+OPTIONS = [
+    "--seq-len",
+    "64",
+    "--batch",
+    "2",
+    "--layers",
+    "1",
+    "--dim",
+    "16",
+    "--heads",
+    "2",
+    "--hashes",
+    "2",
+    "--chunk",
+    "8",
+    "--sample-length",
+    "20",
+]
 LINE = b"the quick brown fox jumps over the lazy dog; "
 
 
@@ -182,7 +199,9 @@ def test_a_failed_save_keeps_the_old_checkpoint(
         (["--seq-len", "4096"], "sequences of 4096 need at least 8194"),
     ],
 )
-def test_bad_arguments_end_with_code_2_and_a_reason(text_file: Path, options: list[str], message: str) -> None:
+def test_bad_arguments_end_with_code_2_and_a_reason(
+    text_file: Path, options: list[str], message: str
+) -> None:
     result = invoke(text_file, *options)
     assert result.exit_code == 2
     assert message in plain(result.output)

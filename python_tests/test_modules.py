@@ -1,4 +1,4 @@
-"""`LSHSelfAttention` and `LocalSelfAttention` as PyTorch modules: seeds, views, copies, precision, compile."""
+"""`LSHSelfAttention` and `LocalSelfAttention` as PyTorch modules."""
 
 from __future__ import annotations
 
@@ -253,7 +253,14 @@ def test_compiles_whole(make: object, x: Tensor) -> None:
 def test_repr_names_what_was_chosen(make: object) -> None:
     layer = make(dropout=0.25)  # type: ignore[operator]
     text = repr(layer)
-    for part in ("embed_dim=32", "num_heads=4", "head_dim=8", "dropout=0.25", "chunk_length=16", "causal=True"):
+    for part in (
+        "embed_dim=32",
+        "num_heads=4",
+        "head_dim=8",
+        "dropout=0.25",
+        "chunk_length=16",
+        "causal=True",
+    ):
         assert part in text
 
 

@@ -87,6 +87,7 @@ class BackwardWorker {
     panels_.require(from, to);
     if (factors_) rule_.write_dropout(head, tile_, from, to, factors_, stride_);
     for (int group = 0; group < tile_.groups; ++group) met_count_[group] = 0;
+    prefetched_ = 0;
     for (int64_t panel = from; panel < to; ++panel) differentiate_panel(head, sums, panel, from, to);
     for (int group = 0; group < tile_.groups; ++group) {
       if (met_count_[group] == 0) continue;
@@ -99,13 +100,14 @@ class BackwardWorker {
     }
   }
 
-  // Asks for part `part` of `parts` of the rows that the next tile will gather.
-  REFORMER_INLINE_MEMBER void prefetch(const Head& head, const Sums& sums, int64_t part, int64_t parts) {
-    panels_.prefetch(part, parts);
+  // Asks for the rows that the next tile will gather, a few of its `kTileRows` at a time, in step with the
+  // products: asked for all at once they would only wait for one another.
+  REFORMER_INLINE_MEMBER void prefetch(const Head& head, const Sums& sums, int64_t rows) {
     constexpr int64_t kBytes = sizeof(T);
-    const int64_t next = tile_.first_rank + kTileRows;
-    const int64_t from = next + kTileRows * part / parts, to = next + kTileRows * (part + 1) / parts;
-    for (int64_t rank = from; rank < min_of(to, p_.L); ++rank) {
+    for (const int64_t end = min_of<int64_t>(prefetched_ + rows, kTileRows); prefetched_ < end; ++prefetched_) {
+      panels_.prefetch(prefetched_);
+      const int64_t rank = tile_.first_rank + kTileRows + prefetched_;
+      if (rank >= p_.L) continue;
       const int64_t position = head.order[tile_.round * p_.L + rank];
       if (p_.k.data)  // shared query-keys are asked for as keys
         prefetch_row(row_of<const T>(p_.q, head.b, head.h, position), p_.D * kBytes);
@@ -122,11 +124,11 @@ class BackwardWorker {
     const Panel& keys = panels_.panel(panel);
     const Piece keys_t{panels_.keys_t(panel), p_.D}, values_t{panels_.values_t(panel), p_.Dv};
     const int32_t* codes = row_codes_ ? panels_.codes(panel) : nullptr;
+    const int64_t rows_a_step = ceil_div(kTileRows, (to - from) * tile_.groups);
     int64_t packed = 0;  // rows so far
     int runs = 0;        // of neighbouring groups
     for (int group = 0; group < tile_.groups; ++group) {
-      if (to == tile_.last_panel)
-        prefetch(head, sums, (panel - from) * tile_.groups + group, (to - from) * tile_.groups);
+      if (to == tile_.last_panel) prefetch(head, sums, rows_a_step);
       if (!rule_.may_meet(tile_, group, panel, keys)) continue;
       const int row = group * kGroupRows, rows = group_rows(tile_, group), met = met_count_[group]++;
       met_[group * plan_.block_panels + met] = panel;
@@ -139,11 +141,15 @@ class BackwardWorker {
       multiply_group<false>(rows, grad_outs, plan_.dv_padded, Pieces{&values_t, 1, kPanel}, kPanel,
                             grad_probabilities, kPanel, false);
       float* grad_logits = grad_logits_ + row * logits_stride() + met * kPanel;
-      rule_.with_compare([&](auto compare) {
+      const auto rows_of_group = [&](auto compare, auto weighted) {
         for (int i = 0; i < rows; ++i)
-          grad_logits_row<decltype(compare)::value>(row + i, panel, from, keys, codes, probabilities + i * kPanel,
-                                                    grad_probabilities + i * kPanel,
-                                                    grad_logits + i * logits_stride());
+          grad_logits_row<decltype(compare)::value, decltype(weighted)::value>(
+              row + i, panel, from, keys, codes, probabilities + i * kPanel, grad_probabilities + i * kPanel,
+              grad_logits + i * logits_stride());
+      };
+      rule_.with_compare([&](auto compare) {
+        if (codes || factors_) rows_of_group(compare, Constant<true>());
+        else rows_of_group(compare, Constant<false>());
       });
       packed += rows;
       if (runs > 0 && runs_[runs - 1].row + runs_[runs - 1].rows == row) runs_[runs - 1].rows += rows;
@@ -161,8 +167,8 @@ class BackwardWorker {
   }
 
   // Row i, in place: logits to (dropped) probabilities, and gradients of probabilities to those of logits,
-  // which go to `grad_logits` too.
-  template <PairRule::Compare kCompare>
+  // which go to `grad_logits` too. kWeighted: duplicates are corrected or probabilities dropped.
+  template <PairRule::Compare kCompare, bool kWeighted>
   void grad_logits_row(int i, int64_t panel, int64_t from, const Panel& keys, const int32_t* codes,
                        float* probabilities, float* grad_probabilities, float* grad_logits) {
 #pragma GCC unroll 2
@@ -171,11 +177,11 @@ class BackwardWorker {
       vfloat s = load(probabilities + half);
       if (!keys.plain) s += load(keys.bias + half);
       vfloat p = exp2_of(s - lse_[i]);
-      if (codes) p *= rule_.inverse_count(row_codes_ + i * p_.R, codes, half);
+      if (kWeighted && codes) p *= rule_.inverse_count(row_codes_ + i * p_.R, codes, half);
       p = select(visible, p, vfloat{});
       vfloat grad = load(grad_probabilities + half);
       vfloat dropped = p;
-      if (factors_) {
+      if (kWeighted && factors_) {
         const vfloat factor = load(factors_ + i * stride_ + (panel - from) * kPanel + half);
         dropped *= factor;
         grad *= factor;
@@ -211,7 +217,7 @@ class BackwardWorker {
   PairRule rule_;
   KeyPanels<T, true> panels_;
   Tile tile_;
-  int64_t stride_ = 0;
+  int64_t stride_ = 0, prefetched_ = 0;
   float *queries_ = nullptr, *grad_outs_ = nullptr, *grad_queries_ = nullptr;
   float *probabilities_ = nullptr, *grad_probabilities_ = nullptr, *grad_logits_ = nullptr, *factors_ = nullptr;
   int64_t* met_ = nullptr;  // (kTileGroups, block_panels): panels of the block that a group meets

@@ -75,11 +75,12 @@ class ForwardWorker {
     panels_.require(from, to);
     if (factors_) rule_.write_dropout(head, tile_, from, to, factors_, plan_.block_panels * kPanel);
     for (int group = 0; group < tile_.groups; ++group) met_count_[group] = 0;
+    prefetched_ = 0;
+    const int64_t rows_a_step = ceil_div(kTileRows, (to - from) * tile_.groups);
     for (int64_t panel = from; panel < to; ++panel) {
       const Piece keys{panels_.keys_t(panel), p_.D};
       for (int group = 0; group < tile_.groups; ++group) {
-        if (to == tile_.last_panel)
-          prefetch(head, running, (panel - from) * tile_.groups + group, (to - from) * tile_.groups);
+        if (to == tile_.last_panel) prefetch(head, running, rows_a_step);
         if (!rule_.may_meet(tile_, group, panel, panels_.panel(panel))) continue;
         const int row = group * kGroupRows, met = met_count_[group]++;
         met_[group * plan_.block_panels + met] = panel;
@@ -100,12 +101,13 @@ class ForwardWorker {
     }
   }
 
-  // Asks for part `part` of `parts` of the rows that the next tile will gather.
-  REFORMER_INLINE_MEMBER void prefetch(const Head& head, const Running& running, int64_t part, int64_t parts) {
-    panels_.prefetch(part, parts);
-    const int64_t next = tile_.first_rank + kTileRows;
-    const int64_t from = next + kTileRows * part / parts, to = next + kTileRows * (part + 1) / parts;
-    for (int64_t rank = from; rank < min_of(to, p_.L); ++rank) {
+  // Asks for the rows that the next tile will gather, a few of its `kTileRows` at a time, in step with the
+  // products: asked for all at once they would only wait for one another.
+  REFORMER_INLINE_MEMBER void prefetch(const Head& head, const Running& running, int64_t rows) {
+    for (const int64_t end = min_of<int64_t>(prefetched_ + rows, kTileRows); prefetched_ < end; ++prefetched_) {
+      panels_.prefetch(prefetched_);
+      const int64_t rank = tile_.first_rank + kTileRows + prefetched_;
+      if (rank >= p_.L) continue;
       const int64_t position = head.order[tile_.round * p_.L + rank];
       if (p_.k.data)  // shared query-keys are asked for as keys
         prefetch_row(row_of<const T>(p_.q, head.b, head.h, position), p_.D * static_cast<int64_t>(sizeof(T)));
@@ -140,12 +142,22 @@ class ForwardWorker {
       const float old = maximum_[i], maximum = max_of(old, max_of_lanes(largest));
       const float shift = maximum == -kInfinity ? 0.0f : maximum;
       vfloat sums{};
-      for (int64_t k = 0; k < count * kPanel; k += kLanes) {
-        vfloat p = exp2_of(load(row + k) - shift);
-        if (row_codes_)
-          p *= rule_.inverse_count(row_codes_ + i * p_.R, panels_.codes(met[k / kPanel]), static_cast<int>(k % kPanel));
-        store(row + k, p);
-        sums += p;
+      if (row_codes_) {
+        for (int64_t k = 0; k < count * kPanel; k += kLanes) {
+          const vfloat p = exp2_of(load(row + k) - shift) *
+                           rule_.inverse_count(row_codes_ + i * p_.R, panels_.codes(met[k / kPanel]),
+                                               static_cast<int>(k % kPanel));
+          store(row + k, p);
+          sums += p;
+        }
+      } else {
+        for (int64_t k = 0; k < count * kPanel; k += 2 * kLanes) {
+          const vfloat p = exp2_of(load(row + k) - shift), next = exp2_of(load(row + k + kLanes) - shift);
+          store(row + k, p);
+          store(row + k + kLanes, next);
+          sums += p;
+          sums += next;
+        }
       }
       const float sum = p_.rule.bucket_window ? sum_from_first_key(i, met[0], count, row) : sum_of_lanes(sums);
       if (factors_)
@@ -235,7 +247,7 @@ class ForwardWorker {
   PairRule rule_;
   KeyPanels<T, false> panels_;
   Tile tile_;
-  int64_t logits_stride_ = 0;
+  int64_t logits_stride_ = 0, prefetched_ = 0;
   float *queries_ = nullptr, *logits_ = nullptr, *out_ = nullptr, *factors_ = nullptr;
   int64_t* met_ = nullptr;  // (kTileGroups, block_panels): panels of the block that a group meets,
   int met_count_[kTileGroups];

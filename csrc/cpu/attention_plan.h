@@ -34,7 +34,9 @@ struct Plan {
   int64_t heads = 0;          // (batch, head) pairs worked on together
   int64_t d_padded = 0, dv_padded = 0;
   bool inside_bucket = false;  // every range lies in one bucket, where rank order is position order
+  bool compares_buckets = false;  // a range around the ring comes back to its own round: pairs are compared
   int32_t before = 0, after = 0;  // codes: see write_codes
+  int32_t ring_turns = 0;         // how often a range may go around the ring
 };
 
 static inline Plan make_plan(const AttentionParams& p) {
@@ -45,7 +47,9 @@ static inline Plan make_plan(const AttentionParams& p) {
   plan.tiles = ceil_div(p.L, kTileRows);
   plan.d_padded = round_up(p.D, kLanes);
   plan.dv_padded = round_up(p.Dv, kLanes);
-  plan.inside_bucket = rule.bucket_window || rule.bucket_mask;
+  plan.compares_buckets = rule.bucket_mask && !rule.bucket_window && rule.ring &&
+                          max_of(rule.chunks_before, rule.chunks_after) > (p.R - 1) * plan.chunks;
+  plan.inside_bucket = rule.bucket_window || (rule.bucket_mask && !plan.compares_buckets);
   // How far a tile's keys reach below its first and above its last query.
   int64_t below, above;
   if (rule.bucket_window) {
@@ -59,6 +63,7 @@ static inline Plan make_plan(const AttentionParams& p) {
     plan.before = static_cast<int32_t>(min_of(rule.chunks_before, plan.ring_length));
     plan.after = static_cast<int32_t>(min_of(rule.chunks_after, plan.ring_length));
   }
+  plan.ring_turns = static_cast<int32_t>((plan.before + plan.after) / (p.R * plan.chunks)) + 2;
   if (!rule.ring) below = min_of(below, p.L), above = min_of(above, p.L);
   const int64_t needed = ceil_div(below + kTileRows + above, kPanel) + 2;
   // In a bucket window all logits of a row are held at once (up to a size): its sum then does not depend
@@ -68,7 +73,7 @@ static inline Plan make_plan(const AttentionParams& p) {
   while (plan.cached_panels < max_of(plan.block_panels, min_of<int64_t>(needed, 1024 / kPanel))) plan.cached_panels *= 2;
   // Tasks of the backward pass add to rows of keys: with segments at least as long as the reach, the even
   // segments do not touch one another's keys, nor do the odd ones.
-  plan.segment_tiles = max_of<int64_t>(8, ceil_div(below + above + 2 * kPanel, kTileRows));
+  plan.segment_tiles = max_of<int64_t>(16, ceil_div(below + above + 2 * kPanel, kTileRows));
   plan.segments = ceil_div(plan.tiles, plan.segment_tiles);
   // Few heads at a time keep their rows in the last-level cache; enough of them keep the threads busy.
   const int64_t wanted = 16 * static_cast<int64_t>(p.threads);
@@ -159,11 +164,13 @@ static inline Status check_layout(const AttentionParams& p, const Head& head, in
 static inline void write_codes(const AttentionParams& p, const Plan& plan, const Head& head, int64_t round) {
   const int32_t* order = head.order + round * p.L;
   const int32_t* starts = head.starts + round * p.starts_size;
-  const uint32_t jump = static_cast<uint32_t>(max_of(plan.before, plan.after)) + 1;
+  const bool jumps = plan.inside_bucket || plan.compares_buckets;
+  const int64_t around = plan.compares_buckets ? (plan.ring_turns + 1) * p.R * plan.chunks : 0;
+  const uint32_t jump = static_cast<uint32_t>(max_of(plan.before, plan.after) + around) + 1;
   uint32_t offset = 0;
   int64_t bucket_end = 0, bucket = 0;
   for (int64_t rank = 0; rank < p.L; ++rank) {
-    if (plan.inside_bucket && rank == bucket_end) {
+    if (jumps && rank == bucket_end) {
       while (starts[bucket + 1] <= rank) ++bucket;
       bucket_end = starts[bucket + 1];
       offset += jump;
@@ -177,6 +184,7 @@ struct Tile {
   int64_t round = 0, first_rank = 0;
   int rows = 0, groups = 0;
   int32_t position[kTileRows];
+  int64_t bucket[kTileRows];                                  // over all rounds, where buckets matter
   int64_t low[kTileRows], high[kTileRows];                    // ring positions of a row's keys
   int64_t full_low[kTileRows], full_high[kTileRows];          // panels that lie inside [low, high)
   int64_t panel_low[kTileGroups], panel_high[kTileGroups];    // panels that a group of rows meets
@@ -198,11 +206,13 @@ static inline void make_tile(const AttentionParams& p, const Plan& plan, const H
   tile->rows = static_cast<int>(min_of<int64_t>(kTileRows, length - tile->first_rank));
   tile->groups = static_cast<int>(ceil_div(tile->rows, kGroupRows));
   const int32_t* starts = head.starts + round * p.starts_size;
-  int64_t bucket = plan.inside_bucket ? bucket_of_rank(starts, p.starts_size, tile->first_rank) : 0;
+  const bool buckets = plan.inside_bucket || plan.compares_buckets;
+  int64_t bucket = buckets ? bucket_of_rank(starts, p.starts_size, tile->first_rank) : 0;
   const auto chunk_start = [&](int64_t chunk) {
     const int64_t r = floor_div(chunk, plan.chunks);
     return r * length + (chunk - r * plan.chunks) * rule.chunk_length;
   };
+  int64_t chunk = tile->first_rank / rule.chunk_length - 1, chunk_end = 0, chunk_low = 0, chunk_high = 0;
   tile->crosses = false;
   for (int i = 0; i < tile->rows; ++i) {
     const int64_t rank = tile->first_rank + i, own = ring_start + rank;
@@ -212,13 +222,24 @@ static inline void make_tile(const AttentionParams& p, const Plan& plan, const H
       low = own - rule.window_before;
       high = own + rule.window_after + 1;
     } else {
-      const int64_t chunk = round * plan.chunks + rank / rule.chunk_length;
-      low = chunk_start(chunk - rule.chunks_before);
-      high = chunk_start(chunk + 1 + rule.chunks_after);
-      if (!rule.ring) low = max_of(low, ring_start), high = min_of(high, ring_start + length);
+      if (rank >= chunk_end) {
+        ++chunk;
+        chunk_end = (chunk + 1) * rule.chunk_length;
+        chunk_low = chunk_start(round * plan.chunks + chunk - rule.chunks_before);
+        chunk_high = chunk_start(round * plan.chunks + chunk + 1 + rule.chunks_after);
+        if (!rule.ring) {
+          chunk_low = max_of(chunk_low, ring_start);
+          chunk_high = min_of(chunk_high, ring_start + length);
+        }
+      }
+      low = chunk_low;
+      high = chunk_high;
+    }
+    if (buckets) {
+      while (starts[bucket + 1] <= rank) ++bucket;
+      tile->bucket[i] = round * p.starts_size + bucket;
     }
     if (plan.inside_bucket) {
-      while (starts[bucket + 1] <= rank) ++bucket;
       low = max_of(low, ring_start + starts[bucket]);
       high = min_of(high, ring_start + starts[bucket + 1]);
       if (rule.causal) high = min_of(high, own + (rule.exclude_self ? 0 : 1));

@@ -32,10 +32,11 @@ static float inverse_norm(const AttentionParams& p, const Head& head, int64_t po
 }
 
 struct Panel {
-  bool plain = false;          // every key is there and has no bias
+  bool plain = false;          // every key is there, has no bias, and buckets need not be compared
   int32_t first_position = 0;  // the lowest position of a key that may be seen, INT32_MAX if there is none
   int32_t position[kPanel];    // original position of the key, -1 where there is none
   float bias[kPanel];          // in logit units; -inf where there is no key or it is padding
+  int64_t bucket[kPanel];      // over all rounds, where pairs' buckets are compared
 };
 
 template <typename T, bool kBackward>
@@ -83,26 +84,22 @@ class KeyPanels {
     while (begin_ < end_) evict(begin_++);
   }
 
-  // Asks for the rows that the next tile will need: part `part` of `parts` of the keys that follow the packed
-  // ones, and in the backward pass of the gradient rows that will be added to to make room for them.
-  REFORMER_INLINE_MEMBER void prefetch(int64_t part, int64_t parts) const {
+  // Asks for rows that the next tile will need, the i-th of kTileRows: of a key that follows the packed ones,
+  // and in the backward pass of gradients that will be added to to make room for it.
+  REFORMER_INLINE_MEMBER void prefetch(int64_t i) const {
     constexpr int64_t kBytes = sizeof(T);
-    const int64_t from = kTileRows * part / parts, to = kTileRows * (part + 1) / parts;
-    for (int64_t i = from; i < to; ++i) {
-      int64_t g = end_ * kPanel + i;
-      if (wrap_) g = floor_mod(g, plan_.ring_length);
-      if (g >= (wrap_ ? plan_.ring_length : last_) || g < 0) continue;
+    int64_t g = end_ * kPanel + i;
+    if (wrap_ && g >= plan_.ring_length) g -= plan_.ring_length;
+    if (g >= 0 && g < (wrap_ ? plan_.ring_length : last_)) {
       const int64_t position = head_.order[g];
       prefetch_row(row_of<const T>(p_.k.data ? p_.k : p_.q, head_.b, head_.h, position), p_.D * kBytes);
       prefetch_row(row_of<const T>(p_.v, head_.b, head_.h, position), p_.Dv * kBytes);
     }
     if (!kBackward || end_ - begin_ < plan_.cached_panels) return;
-    for (int64_t i = from; i < to; ++i) {
-      const int64_t position = panels_[slot(begin_ + i / kPanel)].position[i % kPanel];
-      if (position < 0) continue;
-      prefetch_row(grad_k_rows + position * grad_k_stride, p_.D * static_cast<int64_t>(sizeof(float)));
-      prefetch_row(grad_v_rows + position * grad_v_stride, p_.Dv * static_cast<int64_t>(sizeof(float)));
-    }
+    const int64_t position = panels_[slot(begin_ + i / kPanel)].position[i % kPanel];
+    if (position < 0) return;
+    prefetch_row(grad_k_rows + position * grad_k_stride, p_.D * static_cast<int64_t>(sizeof(float)));
+    prefetch_row(grad_v_rows + position * grad_v_stride, p_.Dv * static_cast<int64_t>(sizeof(float)));
   }
 
   const Panel& panel(int64_t p) const { return panels_[slot(p)]; }
@@ -129,8 +126,13 @@ class KeyPanels {
       const int32_t position = there ? head_.order[wrap_ ? floor_mod(g, plan_.ring_length) : g] : -1;
       const float bias = !there ? -kInfinity : head_.key_bias ? head_.key_bias[position] : 0.0f;
       panel.position[lane] = position;
+      if (plan_.compares_buckets && there) {
+        const int64_t on_ring = floor_mod(g, plan_.ring_length), round = on_ring / p_.L;
+        panel.bucket[lane] = round * p_.starts_size + bucket_of_rank(head_.starts + round * p_.starts_size,
+                                                                     p_.starts_size, on_ring % p_.L);
+      }
       panel.bias[lane] = bias * kLog2E;
-      panel.plain &= bias == 0.0f;
+      panel.plain &= bias == 0.0f && !plan_.compares_buckets;
       float* key = keys + lane * plan_.d_padded;
       float* value = values + lane * plan_.dv_padded;
       if (bias == -kInfinity) {  // padding is never read, whatever it holds
@@ -225,13 +227,16 @@ class PairRule {
     if constexpr (kCompare == Compare::kBefore)
       mask = load(panel.position + half) < splat(tile.position[i] + (p_.rule.exclude_self ? 0 : 1));
     if constexpr (kCompare == Compare::kOthers) mask = load(panel.position + half) != splat(tile.position[i]);
-    if (index < tile.full_low[i] || index >= tile.full_high[i]) {
+    if (__builtin_expect(index < tile.full_low[i] || index >= tile.full_high[i], 0)) {
       const int64_t g = index * kPanel + half;
       const int64_t low = min_of<int64_t>(max_of<int64_t>(tile.low[i] - g, 0), kLanes);
       const int64_t high = min_of<int64_t>(max_of<int64_t>(tile.high[i] - g, 0), kLanes);
       mask &= (lanes_ >= splat(static_cast<int32_t>(low))) & (lanes_ < splat(static_cast<int32_t>(high)));
     }
-    if (!panel.plain) mask &= load(panel.bias + half) > splat(-kInfinity);
+    if (__builtin_expect(panel.plain, 1)) return mask;
+    mask &= load(panel.bias + half) > splat(-kInfinity);
+    if (plan_.compares_buckets)
+      for (int lane = 0; lane < kLanes; ++lane) mask[lane] &= -(panel.bucket[half + lane] == tile.bucket[i]);
     return mask;
   }
 
@@ -255,16 +260,18 @@ class PairRule {
         count -= (vint)((vuint)distance <= span);
       }
     } else {
-      // On the ring a key of any round may be in reach, and more than once where the reach is longer.
-      const int32_t chunks = static_cast<int32_t>(plan_.chunks), ring = chunks * static_cast<int32_t>(p_.R);
-      const int32_t turns = (plan_.before + plan_.after) / ring + 2;
-      for (int32_t r = 0; r < p_.R; ++r)
-        for (int32_t other = 0; other < p_.R; ++other)
-          for (int32_t turn = -turns; turn <= turns; ++turn) {
-            const int32_t base = row_codes[r] + (r - other) * chunks + turn * ring + plan_.after;
+      // On the ring a key of any round may be in reach (of the same one, with a bucket mask), and more than
+      // once where the reach is longer.
+      const int32_t rounds = static_cast<int32_t>(p_.R), chunks = static_cast<int32_t>(plan_.chunks);
+      for (int32_t r = 0; r < rounds; ++r)
+        for (int32_t other = 0; other < rounds; ++other) {
+          if (plan_.compares_buckets && other != r) continue;
+          for (int32_t turn = -plan_.ring_turns; turn <= plan_.ring_turns; ++turn) {
+            const int32_t base = row_codes[r] + (r - other + turn * rounds) * chunks + plan_.after;
             const vint distance = splat(base) - load(panel_codes + other * kPanel + half);
             count -= (vint)((vuint)distance <= span);
           }
+        }
     }
     return 1.0f / __builtin_convertvector(count > 1 ? count : splat(1), vfloat);
   }

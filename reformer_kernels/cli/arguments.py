@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import typer
 from rich.console import Console
+
+from reformer_kernels._backend import resolve_backend
 
 BACKENDS = ("auto", "reference", "native", "triton")
 Number = TypeVar("Number", int, float)
@@ -49,6 +52,16 @@ def choices(name: str, text: str, accepted: Sequence[str]) -> tuple[str, ...]:
     if words in ([], ["none"]):
         return ()
     return tuple(dict.fromkeys(choice(name, word, accepted) for word in words))
+
+
+def live_backend(backend: str, device: str, dtype: torch.dtype) -> str:
+    """The name of a back end that runs here on that device and dtype; "auto" is left as it is."""
+    choice("--backend", backend, BACKENDS)
+    try:
+        resolve_backend(backend, torch.device(device), dtype)
+    except (RuntimeError, ValueError) as error:
+        raise usage_error(f"--backend {backend}: {error}") from error
+    return backend
 
 
 def writable_file(name: str, path: Path | None) -> None:

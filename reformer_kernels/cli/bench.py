@@ -15,10 +15,10 @@ from rich.console import Console
 
 from reformer_kernels.cli import agreement, machine, memory
 from reformer_kernels.cli.arguments import (
-    BACKENDS,
     choice,
     choices,
     integers,
+    live_backend,
     new_console,
     positive,
     usage_error,
@@ -120,7 +120,7 @@ def bench(
             causal=causal,
             dtype=choice("--dtype", dtype, tuple(DTYPES)),
             device=_checked_device(device),
-            backend=choice("--backend", backend, BACKENDS),
+            backend=live_backend(backend, device, DTYPES[dtype]),
         ),
         backward=backward,
         budget=positive("--budget", budget),
@@ -137,9 +137,6 @@ def bench(
     torch.set_num_threads(settings.threads)
     try:
         report = run(settings, console)
-    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
-        # What our own calls say to settings that no check above can judge, such as a back end's refusal.
-        raise usage_error(f"{type(error).__name__}: {error}") from error
     finally:
         torch.set_num_threads(threads_before)
     report.print(console)
@@ -290,14 +287,17 @@ def _refuse_too_large(settings: Settings, key: str, problem: Problem, report: Re
 def _measure_memory(settings: Settings, report: Report, say: Callable[[str], None]) -> None:
     """Fill in the rows' working memory, measured in a fresh process."""
     if not memory.can_measure(torch.device(settings.problem.device)):
-        report.memory_note = "working memory is not measured on this system (it needs Linux or CUDA)"
+        report.memory_notes.append("working memory is not measured on this system (it needs Linux or CUDA)")
         return
     wanted = {(row.name, row.problem): None for row in report.rows}
     requests = [(settings.operation, name, problem, settings.backward) for name, problem in wanted]
     results = memory.measure_all(requests, settings.threads)
     for _, name, problem, _ in requests:
         say(f"L = {problem.length}: peak memory of {name}")
-        found = next(results) or {}
+        found = next(results)
+        if isinstance(found, str):
+            report.memory_notes.append(f"no memory figure for {name} at L = {problem.length}: {found}")
+            continue
         for row in report.rows:
             if row.name == name and row.problem == problem:
                 row.working_memory = found.get(row.phase)

@@ -22,7 +22,7 @@ class ByteEmbedding(nn.Module):
         super().__init__()
         self.context = context
         self.tables = nn.Embedding(context * VOCABULARY, dim)
-        nn.init.normal_(self.tables.weight, std=context**-0.5)
+        nn.init.normal_(self.tables.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, L) int64 to (B, L, dim); before the first byte stand zeros."""
@@ -43,7 +43,10 @@ class Block(nn.Module):
         self.attention_norm = nn.LayerNorm(dim)
         self.attention = LSHSelfAttention(dim, heads, config, seed=seed, backend=backend)
         self.feed_forward_norm = nn.LayerNorm(dim)
-        self.feed_forward = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        narrow = nn.Linear(4 * dim, dim)
+        self.feed_forward = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), narrow)
+        nn.init.zeros_(self.attention.output.weight)  # a block begins as the identity
+        nn.init.zeros_(narrow.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x))

@@ -101,8 +101,8 @@ def measure(operation: str, name: str, problem: Problem, backward: bool) -> dict
 
 def measure_all(
     requests: Sequence[tuple[str, str, Problem, bool]], threads: int
-) -> Iterator[dict[str, int] | None]:
-    """Measure each request in one fresh process; None for a request that it did not survive."""
+) -> Iterator[dict[str, int] | str]:
+    """Measure each request in one fresh process: bytes by phase, or why there is no measurement."""
     environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_=str(OWN_MAPPING_ABOVE), MALLOC_MMAP_MAX_=str(10**6))
     # The package must be found there as it was here, whatever the folder.
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *sys.path[1:]])
@@ -131,7 +131,7 @@ def measure_all(
                     except BrokenPipeError:
                         answer = ""
                     answered = bool(answer.strip())
-                    yield json.loads(answer) if answered else None
+                    yield json.loads(answer) if answered else "the measuring process died"
             finally:
                 process.kill()
 
@@ -146,9 +146,8 @@ def _serve() -> None:
         problem = Problem(**request["problem"])
         try:
             answer: Any = measure(request["operation"], request["name"], problem, request["backward"])
-        except Exception as error:  # the row goes without its memory figure; the process serves the next one
-            answer = None
-            print(f"{request['name']}: {type(error).__name__}: {error}", file=sys.stderr)
+        except Exception as error:  # told to the reader of the table; the process serves the next one
+            answer = f"{type(error).__name__}: {error}"
         print(json.dumps(answer), file=answers, flush=True)
 
 

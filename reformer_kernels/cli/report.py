@@ -79,7 +79,7 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     checks: list[Agreement] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
-    memory_note: str | None = None
+    memory_notes: list[str] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat())
 
     @property
@@ -202,8 +202,7 @@ class Report:
             f"[yellow]Left out:[/] {skip['name']} at L = {skip['problem']['length']}: {skip['reason']}."
             for skip in self.skipped
         ]
-        if self.memory_note:
-            notes.append(f"[yellow]Note:[/] {self.memory_note}.")
+        notes += [f"[yellow]Note:[/] {note}." for note in self.memory_notes]
         return notes
 
     # -- for programs -------------------------------------------------------------------------------
@@ -242,6 +241,7 @@ class Report:
             "rows": [self._record(row) | {"ratios": self.ratios(row)} for row in self.rows],
             "checks": [check.to_json() for check in self.checks],
             "left_out": self.skipped,
+            "memory_notes": self.memory_notes,
         }
 
     def write_json(self, path: Path) -> None:

@@ -19,7 +19,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text as RichText
 
-from reformer_kernels.cli.arguments import BACKENDS, choice, new_console, positive, usage_error, writable_file
+from reformer_kernels.cli.arguments import live_backend, new_console, positive, usage_error, writable_file
 from reformer_kernels.cli.text import TextError, load_text
 from reformer_kernels.cli.training import CheckpointError, DivergedError, Recipe, Trainer, read_checkpoint
 
@@ -73,7 +73,7 @@ def train(
     chunk: Annotated[
         int | None, typer.Option(help="Chunk length of LSH attention.", show_default="64")
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate.", show_default="0.002")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate.", show_default="0.01")] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of weights, text order and hashing.", show_default="0")
     ] = None,
@@ -110,7 +110,7 @@ def train(
         raise usage_error(f"--sample-length must be at least 0, got {sample_length}")
     if not 0 <= (seed or 0) < 2**40:
         raise usage_error(f"--seed must be from 0 to 2**40 - 1, got {seed}")
-    choice("--backend", backend, BACKENDS)
+    live_backend(backend, "cpu", torch.float32)
     writable_file("--checkpoint", checkpoint)
     if threads is not None:
         torch.set_num_threads(positive("--threads", threads))

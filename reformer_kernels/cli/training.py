@@ -19,12 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reformer_kernels.cli.language_model import VOCABULARY, ByteLanguageModel
+from reformer_kernels.cli.muon import Muon
 from reformer_kernels.cli.text import Text
 
 FORMAT = 1
 WARM_UP_STEPS = 20
 FINAL_LEARNING_RATE_SHARE = 0.1
 GRADIENT_NORM = 1.0
+LEARNING_RATE_SHARES = (1.0, 2.0)
+"""Of the recipe's rate: AdamW's and Muon's."""
 
 
 class CheckpointError(Exception):
@@ -46,7 +49,7 @@ class Recipe:
     heads: int = 4
     hashes: int = 2
     chunk: int = 64
-    lr: float = 2e-3
+    lr: float = 1e-2
     steps: int = 200
     seed: int = 0
 
@@ -62,7 +65,13 @@ class Trainer:
         self.model = ByteLanguageModel(
             recipe.dim, recipe.layers, recipe.heads, recipe.hashes, recipe.chunk, backend
         )
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=recipe.lr, betas=(0.9, 0.95))
+        matrices = [parameter for parameter in self.model.blocks.parameters() if parameter.dim() == 2]
+        held = {id(parameter) for parameter in matrices}
+        others = [parameter for parameter in self.model.parameters() if id(parameter) not in held]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.95)),
+            Muon(matrices, lr=recipe.lr),
+        ]
 
     @property
     def tokens_per_step(self) -> int:
@@ -102,12 +111,13 @@ class Trainer:
             raise DivergedError(
                 f"the loss became {value} at step {self.step}; try a smaller --lr than {self.recipe.lr}"
             )
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
-        self.optimizer.step()
+        for optimizer, share in zip(self.optimizers, LEARNING_RATE_SHARES, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = share * self.learning_rate(self.step)
+            optimizer.step()
         self.step += 1
         return value / math.log(2)
 
@@ -157,7 +167,7 @@ class Trainer:
             "text_sha256": self.text.sha256,
             "step": self.step,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "generator": torch.get_rng_state(),
         }
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -179,7 +189,8 @@ class Trainer:
             )
         try:
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
             torch.set_rng_state(state["generator"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} does not fit this model: {error}") from error
@@ -204,7 +215,7 @@ def read_checkpoint(path: Path) -> tuple[Recipe, dict[str, Any]]:
         recipe = Recipe(**state["recipe"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not complete: {error}") from error
-    missing = {"text_sha256", "step", "model", "optimizer", "generator"} - state.keys()
+    missing = {"text_sha256", "step", "model", "optimizers", "generator"} - state.keys()
     if missing:
         raise CheckpointError(f"{path} is not complete: it lacks {', '.join(sorted(missing))}")
     return recipe, state
