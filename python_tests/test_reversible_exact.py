@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from python_tests.test_reversible import D, feed_forward, streams, weigh
-from reformer_kernels import LSHConfig
+from reformer_kernels import Layout, LSHConfig, functional
 from reformer_kernels.modules.attention import LSHSelfAttention
 from reformer_kernels.modules.feed_forward import ChunkedFeedForward
 from reformer_kernels.modules.reversible import ReversibleSequence
@@ -60,6 +61,47 @@ def inputs_seen(layers: ReversibleSequence, x: Tensor) -> tuple[list[Tensor], li
     for handle in handles:
         handle.remove()
     return first, seen[::-1]
+
+
+@pytest.mark.parametrize("settings", [{}, {"keep_layouts": True}], ids=str)
+def test_float_mode_with_lsh_attention_equals_ordinary(settings: dict[str, Any]) -> None:
+    layers = reformer(3, **settings).double()
+    x = torch.randn(2, 40, 32, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *layers.parameters()]
+    results = []
+    for call in (layers, layers.ordinary):
+        torch.manual_seed(1)
+        y = call(x)
+        results.append([y, *torch.autograd.grad(weigh(y), inputs)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_layouts_are_kept_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[int] = []
+    original = functional._layout
+
+    def counted(qk: Tensor, *rest: Any) -> Layout:
+        hashed.append(1)
+        return original(qk, *rest)
+
+    monkeypatch.setattr(functional, "_layout", counted)
+    for keep, expected in ((True, 2), (False, 4)):
+        hashed.clear()
+        weigh(reformer(2, keep_layouts=keep)(torch.randn(2, 40, 32, requires_grad=True))).backward()
+        assert len(hashed) == expected
+
+
+def test_checkpoint_around_lsh_attention() -> None:
+    layers = reformer(2)
+    x = torch.randn(2, 40, 32, requires_grad=True)
+    results = []
+    for call in (lambda x: checkpoint(layers, x, use_reentrant=False), layers):
+        torch.manual_seed(1)
+        y = call(x)
+        results.append([y, *torch.autograd.grad(weigh(y), [x, *layers.parameters()])])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

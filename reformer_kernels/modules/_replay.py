@@ -247,6 +247,11 @@ def keeping(kept: Kept | None, *, again: bool) -> Iterator[None]:
         _active.current = before
 
 
+def is_keeping() -> bool:
+    """Whether `remember` keeps anything in this call."""
+    return getattr(_active, "current", None) is not None
+
+
 def remember(make: Callable[[], T]) -> T:
     """`make()`, or in a recomputation the value that it gave in the first run.
 
