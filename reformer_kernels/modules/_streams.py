@@ -109,8 +109,9 @@ class FixedStreams:
 
     def _step(self, which: int, delta: Tensor | None, sign: int) -> Tensor:
         kind, stream = self.kind, self.tensors[which]
-        if kind.backend == "native":
-            value: Tensor = torch.ops.reformer_kernels.native_residual_step(
+        if kind.backend != "reference":
+            step = getattr(torch.ops.reformer_kernels, f"{kind.backend}_residual_step")
+            value: Tensor = step(
                 stream, delta, sign, kind.scale, kind.flag, kind.dtype, "none", None, None, 0.0
             )[0]
             return value

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from reformer_kernels import _native
-
-NORMALIZATIONS = ("none", "layer", "rms")
-"""As csrc/kernels.h numbers them."""
+from reformer_kernels.ops.residual.checks import NORMALIZATIONS, allocate, check
 
 _library = torch.library.Library("reformer_kernels", "FRAGMENT")
 _library.define(
@@ -25,42 +23,6 @@ _library.define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-
-
-def _check(
-    stream: Tensor,
-    delta: Tensor | None,
-    sign: int,
-    scale: Tensor | None,
-    flag: Tensor | None,
-    dtype: torch.dtype,
-    normalization: str,
-) -> None:
-    if sign not in (1, -1):
-        raise ValueError(f"sign must be 1 or -1, got {sign}")
-    if normalization not in NORMALIZATIONS:
-        raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
-    if normalization != "none" and stream.dim() < 1:
-        raise ValueError("a stream of no dimensions has no rows to normalise")
-    if (stream.dtype == torch.int32) != (scale is not None and flag is not None):
-        raise ValueError("an int32 stream needs a scale and a flag, and no other stream has them")
-    if stream.dtype != torch.int32 and stream.dtype != dtype:
-        raise TypeError(
-            f"a floating-point stream must be of the dtype asked for, {dtype}, got {stream.dtype}"
-        )
-    if delta is not None and delta.shape != stream.shape:
-        raise ValueError(f"delta must be {tuple(stream.shape)} as the stream, got {tuple(delta.shape)}")
-
-
-def _allocate(stream: Tensor, dtype: torch.dtype, normalization: str) -> tuple[Tensor, ...]:
-    fixed, normed = stream.dtype == torch.int32, normalization != "none"
-    statistics = stream.shape[:-1] if normed else (0,)
-    return (
-        stream.new_empty(stream.shape if fixed else (0,), dtype=dtype),
-        stream.new_empty(stream.shape if normed else (0,), dtype=dtype),
-        stream.new_empty(statistics, dtype=torch.float32),
-        stream.new_empty(statistics, dtype=torch.float32),
-    )
 
 
 def _cpu(
@@ -75,8 +37,8 @@ def _cpu(
     norm_bias: Tensor | None,
     epsilon: float,
 ) -> tuple[Tensor, ...]:
-    _check(stream, delta, sign, scale, flag, dtype, normalization)
-    value, normed, mean, rstd = results = _allocate(stream, dtype, normalization)
+    check(stream, delta, sign, scale, flag, dtype, normalization)
+    value, normed, mean, rstd = results = allocate(stream, dtype, normalization)
     native = _native.extension()
     columns = stream.shape[-1] if stream.dim() else 1
     floats = tuple(_native.DTYPES)
@@ -127,8 +89,8 @@ def _fake(
     norm_bias: Tensor | None,
     epsilon: float,
 ) -> tuple[Tensor, ...]:
-    _check(stream, delta, sign, scale, flag, dtype, normalization)
-    return _allocate(stream, dtype, normalization)
+    check(stream, delta, sign, scale, flag, dtype, normalization)
+    return allocate(stream, dtype, normalization)
 
 
 _library.impl("native_residual_step", _cpu, "CPU")
