@@ -296,11 +296,15 @@ def _refuse_second_order(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if grad is None else next(passed) for grad in grads]
 
 
-def _call_part(record: BlockRecord, name: str, index: int, value: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+def _call_part(
+    record: BlockRecord, name: str, index: int, value: Tensor, streams: Streams
+) -> tuple[Tensor, tuple[Any, ...]]:
     """f or g on a stream's value: the residual, checked, and whatever else it returned."""
+    norm = record.block.norm_of(name)
+    normed = None if norm is None else streams.normed(READS[name], norm)
     args, kwargs = record.spec.fill(record.arguments)
     with record.autocast.applied():
-        residual, auxiliary = record.block.call_part(name, value, args, kwargs)
+        residual, auxiliary = record.block.call_part(name, value, args, kwargs, normed)
     what = f"{name} of block {index}"
     if not isinstance(residual, Tensor):
         raise TypeError(
@@ -348,7 +352,7 @@ def _first_run(
             graph = _replay.graph_without_memory() if differentiable else contextlib.nullcontext()
             with graph, _replay.keeping(part.kept, again=False):
                 residual, auxiliary = _call_part(
-                    record, name, index, leaf.requires_grad_() if differentiable else leaf
+                    record, name, index, leaf.requires_grad_() if differentiable else leaf, streams
                 )
             if differentiable:
                 known = [leaf, *inner, *record.arguments]
@@ -361,7 +365,7 @@ def _first_run(
                     "the input is a residual stream, which must stay as it is"
                 )
             collected.extend(_detached_from(streams, auxiliary))
-            streams.update(CHANGES[name], residual.detach(), 1)
+            streams.update(CHANGES[name], residual.detach(), 1, record.block.norm_after(name, 1))
     if differentiable:
         parameters.note_stateful_buffers()
     return tuple(collected)
@@ -431,8 +435,8 @@ def _rebuild(run: Run, index: int, streams: Streams) -> None:
                 part.random.restore()
             leaf = streams.value(READS[name]).detach().requires_grad_()
             with _replay.graph_without_memory(), _replay.keeping(part.kept, again=True):
-                residual, _ = _call_part(record, name, index, leaf)
-            streams.update(CHANGES[name], residual.detach(), -1)
+                residual, _ = _call_part(record, name, index, leaf, streams)
+            streams.update(CHANGES[name], residual.detach(), -1, record.block.norm_after(name, -1))
 
 
 def _second_run(
@@ -456,8 +460,8 @@ def _second_run(
                 part.random.restore()
             leaf = streams.value(READS[name]).detach().requires_grad_()
             with torch.enable_grad(), _replay.keeping(part.kept, again=True):
-                residual, auxiliary = _call_part(record, name, index, leaf)
-            streams.update(CHANGES[name], residual.detach(), -1)
+                residual, auxiliary = _call_part(record, name, index, leaf, streams)
+            streams.update(CHANGES[name], residual.detach(), -1, record.block.norm_after(name, -1))
             tensors = [item for item in pytree.tree_leaves(auxiliary) if isinstance(item, Tensor)]
             split = len(of_auxiliary) - len(tensors) if name == "g" else 0
             given = [of_streams[CHANGES[name]], *of_auxiliary[split:]]

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from reformer_kernels.modules import _fused_norm
+from reformer_kernels.modules._fused_norm import Normed
 from reformer_kernels.ops.residual import reference
+
+Norm = nn.LayerNorm | nn.RMSNorm
 
 
 class Streams(Protocol):
@@ -20,8 +24,12 @@ class Streams(Protocol):
         """The stream as a module's input: no gradient, valid until the stream's next update."""
         ...
 
-    def update(self, which: int, delta: Tensor, sign: int) -> None:
-        """stream += sign * delta, in place."""
+    def update(self, which: int, delta: Tensor, sign: int, norm: Norm | None = None) -> None:
+        """stream += sign * delta, in place; with `norm`, `normed` will be asked for this stream next."""
+        ...
+
+    def normed(self, which: int, norm: Norm) -> Normed | None:
+        """The stream normalised, where a kernel of ours computes that; None: the module must."""
         ...
 
     def memory(self) -> tuple[Tensor, ...]:
@@ -48,30 +56,64 @@ class StreamKind(Protocol):
         ...
 
 
-class FloatStreams:
+class _Steps:
+    """The streams' tensors, and their steps by the kind's back end: "reference", "native", ..."""
+
+    __slots__ = ("_normed", "kind", "tensors")
+
+    def __init__(self, kind: FloatKind | FixedKind, first: Tensor, second: Tensor) -> None:
+        self.kind = kind
+        self.tensors = (first, second)
+        self._normed: list[Normed | None] = [None, None]
+
+    def _step(self, which: int, delta: Tensor | None, sign: int, norm: Norm | None) -> Tensor:
+        """One pass of the operator over a stream; gives its value (of fixed-point streams)."""
+        kind = self.kind
+        operator = getattr(torch.ops.reformer_kernels, f"{kind.backend}_residual_step")
+        fixed = (kind.scale, kind.flag) if isinstance(kind, FixedKind) else (None, None)
+        settings = ("none", None, None, 0.0) if norm is None else _fused_norm.settings(norm, kind.dtype)
+        value: Tensor
+        value, *normed = operator(self.tensors[which], delta, sign, *fixed, kind.dtype, *settings)
+        self._normed[which] = None if norm is None else Normed(settings[0], *normed)
+        return value
+
+    def normed(self, which: int, norm: Norm) -> Normed | None:
+        if self.kind.backend == "reference":
+            return None
+        if self._normed[which] is None:
+            self._step(which, None, 1, norm)
+        normed, self._normed[which] = self._normed[which], None
+        return normed
+
+
+class FloatStreams(_Steps):
     """Streams in their own dtype: an update is one addition, rounded (the paper's arithmetic)."""
 
-    __slots__ = ("tensors",)
-
-    def __init__(self, first: Tensor, second: Tensor) -> None:
-        self.tensors = (first, second)
+    __slots__ = ()
 
     def value(self, which: int) -> Tensor:
         return self.tensors[which]
 
-    def update(self, which: int, delta: Tensor, sign: int) -> None:
-        self.tensors[which].add_(delta, alpha=sign)
+    def update(self, which: int, delta: Tensor, sign: int, norm: Norm | None = None) -> None:
+        self._normed[which] = None
+        if norm is None or self.kind.backend == "reference":
+            self.tensors[which].add_(delta, alpha=sign)
+        else:
+            self._step(which, delta, sign, norm)
 
     def memory(self) -> tuple[Tensor, ...]:
         return self.tensors
 
 
 class FloatKind:
-    def __init__(self, dtype: torch.dtype) -> None:
+    """`backend`: of steps that normalise; others are torch's additions."""
+
+    def __init__(self, dtype: torch.dtype, backend: str = "reference") -> None:
         self.dtype = dtype
+        self.backend = backend
 
     def start(self, first: Tensor, second: Tensor) -> FloatStreams:
-        return FloatStreams(_copied(first, self.dtype), _copied(second, self.dtype))
+        return FloatStreams(self, _copied(first, self.dtype), _copied(second, self.dtype))
 
     def finish(self, streams: Streams, joined: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         assert isinstance(streams, FloatStreams)
@@ -83,41 +125,36 @@ class FloatKind:
         return self.start(first, second)
 
 
-class FixedStreams:
+class FixedStreams(_Steps):
     """Streams as int32 multiples of 1 / scale: subtracting undoes adding to the last bit."""
 
-    __slots__ = ("kind", "tensors", "values")
+    __slots__ = ("values",)
+    kind: FixedKind
 
     def __init__(self, kind: FixedKind, first: Tensor, second: Tensor) -> None:
-        self.kind = kind
-        self.tensors = (first, second)
+        super().__init__(kind, first, second)
         self.values: list[Tensor | None] = [None, None]
 
     def value(self, which: int) -> Tensor:
         value = self.values[which]
         if value is None:
-            value = self.values[which] = self._step(which, None, 1)
+            if self.kind.backend == "reference":
+                value = reference.fixed_point_decode(self.tensors[which], self.kind.scale, self.kind.dtype)
+            else:
+                value = self._step(which, None, 1, None)
+            self.values[which] = value
         return value
 
-    def update(self, which: int, delta: Tensor, sign: int) -> None:
+    def update(self, which: int, delta: Tensor, sign: int, norm: Norm | None = None) -> None:
         # The other stream's value was the input that gave `delta`; it is not read again before it changes.
-        self.values[1 - which] = None
-        self.values[which] = self._step(which, delta, sign)
+        self.values = [None, None]
+        if self.kind.backend == "reference":
+            reference.fixed_point_add_(self.tensors[which], delta, self.kind.scale, sign, self.kind.flag)
+        else:
+            self.values[which] = self._step(which, delta, sign, norm)
 
     def memory(self) -> tuple[Tensor, ...]:
         return ()
-
-    def _step(self, which: int, delta: Tensor | None, sign: int) -> Tensor:
-        kind, stream = self.kind, self.tensors[which]
-        if kind.backend != "reference":
-            step = getattr(torch.ops.reformer_kernels, f"{kind.backend}_residual_step")
-            value: Tensor = step(
-                stream, delta, sign, kind.scale, kind.flag, kind.dtype, "none", None, None, 0.0
-            )[0]
-            return value
-        if delta is not None:
-            reference.fixed_point_add_(stream, delta, kind.scale, sign, kind.flag)
-        return reference.fixed_point_decode(stream, kind.scale, kind.dtype)
 
 
 class FixedKind:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from reformer_kernels._backend import Backend, resolve_backend
 from reformer_kernels.modules import _replay
 from reformer_kernels.modules import _reversible_graph as graph
-from reformer_kernels.modules._streams import FixedKind, FloatKind, StreamKind
+from reformer_kernels.modules._fused_norm import Normed, check_norm, normalise
+from reformer_kernels.modules._streams import FixedKind, FloatKind, Norm, StreamKind
 
 Residual = Literal["float", "exact"]
 Route = Literal["f", "g", "both"]
@@ -41,15 +42,28 @@ class ReversibleBlock(nn.Module):
         compute_dtype: cast what f and g get to this dtype, as for modules in bfloat16 on float32 streams
             (FSDP2's `MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)`, say).
             None: no cast.
+        norm_f, norm_g: nn.LayerNorm or nn.RMSNorm over the last dimension, or None: f(norm_f(x2)),
+            g(norm_g(y1)). Equal to having them inside f and g, but in a reversible sequence the residual step
+            that writes a stream normalises it in the same pass (native back end), without calling the norm's
+            module.
 
     Called by itself, a block runs ordinarily: block(x1, x2, ...) -> (y1, y2, *auxiliary of f, *auxiliary of
     g). With FSDP2, a block is the unit: `fully_shard(block)`, not `fully_shard(block.f)`.
     """
 
     def __init__(
-        self, f: nn.Module, g: nn.Module, *, route: Route = "f", compute_dtype: torch.dtype | None = None
+        self,
+        f: nn.Module,
+        g: nn.Module,
+        *,
+        route: Route = "f",
+        compute_dtype: torch.dtype | None = None,
+        norm_f: nn.Module | None = None,
+        norm_g: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        check_norm("norm_f", norm_f)
+        check_norm("norm_g", norm_g)
         for name, module in (("f", f), ("g", g)):
             if not isinstance(module, nn.Module):
                 raise TypeError(f"{name} must be an nn.Module, got {type(module).__name__}")
@@ -59,13 +73,37 @@ class ReversibleBlock(nn.Module):
         self.g = g
         self.route = route
         self.compute_dtype = compute_dtype
+        self.norm_f = norm_f
+        self.norm_g = norm_g
+
+    def norm_of(self, name: str) -> Norm | None:
+        """What normalises the input of f or g (`name`)."""
+        norm = self.norm_f if name == "f" else self.norm_g
+        return cast("Norm | None", norm)  # as checked when the block was made
+
+    def norm_after(self, name: str, sign: int) -> Norm | None:
+        """What normalises the stream that `name` has just changed for the block's next part, if there is one.
+
+        Forward (sign 1) f comes first, in backward (-1) g.
+        """
+        if name != ("f" if sign > 0 else "g"):
+            return None
+        return self.norm_of("g" if sign > 0 else "f")
 
     def call_part(
-        self, name: str, value: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
+        self,
+        name: str,
+        value: Tensor,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        normed: Normed | None = None,
     ) -> tuple[Any, tuple[Any, ...]]:
         """f or g (`name`) on `value`, with the extra arguments if they are routed to it: (residual,
         auxiliary)."""
         module = self.f if name == "f" else self.g
+        norm = self.norm_of(name)
+        if norm is not None:
+            value = normalise(value, norm, normed)
         if self.compute_dtype is not None:
             value = value.to(self.compute_dtype)
         result = module(value, *args, **kwargs) if self.route in (name, "both") else module(value)
@@ -130,6 +168,8 @@ class ReversibleSequence(nn.Module):
         preserve_random_state: recompute with the random numbers of the first run (dropout needs it).
         keep_layouts: keep what modules choose through `remember` (LSH attention's layouts), so that rounding
             in a rebuilt activation cannot flip a hash. Float mode only: exact mode has no rounding.
+        backend: of the steps in exact mode and of those that normalise: "auto", "native" (CPU) or
+            "reference". Fixed-point steps give the same bits in all.
 
     Shapes:
         x: (..., 2 d), two streams side by side, or a pair of tensors of one shape. The result has the same
@@ -244,7 +284,10 @@ class ReversibleSequence(nn.Module):
     def _stream_kind(self, first: Tensor) -> StreamKind:
         dtype = _stream_dtype(first)
         if self.residual == "float":
-            return FloatKind(dtype)
+            fuses = any(block.norm_f is not None or block.norm_g is not None for block in self.blocks)
+            return FloatKind(
+                dtype, resolve_backend(self.backend, first.device, dtype) if fuses else "reference"
+            )
         self.check()
         flag = self._flags.get(first.device)
         if flag is None:
