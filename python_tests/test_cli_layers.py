@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from reformer_kernels.cli import layers
+from reformer_kernels.cli import app, layers
 from reformer_kernels.cli.allocations import peak_allocated
 
 QUICK = {"budget": 0.0, "repeats": 1}
@@ -80,4 +83,29 @@ def test_memory_rows_and_picture(tmp_path: Path) -> None:
     assert {row["panel"] for row in rows} == {"depth", "length", "d_ff", "vocabulary"}
     file = tmp_path / "memory.png"
     layers.plot_memory(rows, file)
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small = functools.partial(layers.bench_feed_forward, 64, 8, 16, ("relu",))
+    monkeypatch.setattr(layers, "bench_feed_forward", small)
+    file = tmp_path / "rows.json"
+    runner = CliRunner()
+    done = runner.invoke(app, ["bench", "ffn", "--budget", "0.1", "--repeats", "1", "--json", str(file)])
+    assert done.exit_code == 0, done.output
+    assert "chunked" in done.output
+    document = json.loads(file.read_text())
+    assert document["machine"]["cpu"]
+    assert {row["case"] for row in document["tables"]["Feed-forward"]} == {"plain", "chunked", "checkpoint"}
+    assert runner.invoke(app, ["bench", "losses"]).exit_code == 2
+
+
+def test_command_draws_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [{"panel": "depth", "case": "float", "x": x, "peak_bytes": 2**20} for x in (1, 2)]
+    monkeypatch.setattr(layers, "bench_memory", lambda: rows)
+    file = tmp_path / "memory.png"
+    done = CliRunner().invoke(app, ["bench", "memory", "--png", str(file)])
+    assert done.exit_code == 0, done.output
+    assert "1.0 MiB" in done.output
     assert file.read_bytes().startswith(b"\x89PNG")
