@@ -236,7 +236,7 @@ def seen_pairs(layout: Layout, rule: AttentionRule) -> Tensor:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_duplicate_correction_is_softmax_over_the_union(causal: bool) -> None:
-    """Pairs that only the ring joins, across buckets: reformer_pytorch's count is 0 there, its weight e^20."""
+    """Pairs that only the ring joins, across buckets: reformer_pytorch counts 0 there, weight e^20."""
     config = LSHConfig.trax(
         n_hashes=3,
         chunk_length=4,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import time
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from reformer_kernels.cli import memory
+from reformer_kernels.cli import memory, timing
 from reformer_kernels.cli.timing import Case, Spread, interleave, percentile
 
 
@@ -20,48 +22,62 @@ def test_percentiles_interpolate() -> None:
     assert Spread.of([3.0, 1.0, 2.0]) == Spread(3, 1.4, 2.0, 2.6)
 
 
-def recorder(calls: list[str], name: str, seconds: float) -> Case:
-    def run() -> dict[str, float]:
-        calls.append(name)
-        time.sleep(seconds)
-        return {"forward": seconds}
+class Clock:
+    """Time that passes only where a call says so."""
 
-    return Case(run)
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def case(self, name: str, seconds: float) -> Case:
+        def run() -> dict[str, float]:
+            self.calls.append(name)
+            self.now += seconds
+            return {"forward": seconds}
+
+        return Case(run)
 
 
-def test_cases_take_turns() -> None:
-    calls: list[str] = []
-    cases = [recorder(calls, "a", 0.006), recorder(calls, "b", 0.006)]
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(timing, "perf_counter", clock)
+    return clock
+
+
+def test_cases_take_turns(clock: Clock) -> None:
+    cases = [clock.case("a", 0.006), clock.case("b", 0.006)]
     interleave(cases, budget=10, max_repeats=3)
     # Two warm-ups each; then in each turn one untimed call, for the caches, and one timed.
-    assert "".join(calls) == "aabb" + "aabb" * 3
+    assert "".join(clock.calls) == "aabb" + "aabb" * 3
     assert [case.n for case in cases] == [3, 3]
 
 
-def test_short_calls_are_repeated_within_a_sample() -> None:
-    calls: list[str] = []
-    case = recorder(calls, "a", 0.0)
+def test_short_calls_are_repeated_within_a_sample(clock: Clock) -> None:
+    case = clock.case("a", 0.0005)
     interleave([case], budget=10, max_repeats=2)
-    assert case.n == 2
-    assert len(calls) > 20
-    assert case.samples["forward"] == [0.0, 0.0]
+    assert case.samples["forward"] == pytest.approx([0.0005, 0.0005])
+    assert len(clock.calls) == 2 + 2 * (1 + 8)
 
 
-def test_slow_cases_stop_at_their_budget_with_at_least_one_sample() -> None:
-    calls: list[str] = []
-    cases = [recorder(calls, "slow", 0.15), recorder(calls, "quick", 0.005)]
+def test_slow_cases_stop_at_their_budget_with_at_least_one_sample(clock: Clock) -> None:
+    cases = [clock.case("slow", 0.15), clock.case("quick", 0.005)]
     interleave(cases, budget=0.1, max_repeats=6)
-    assert cases[0].n == 1
-    assert cases[1].n > 1
+    assert [case.n for case in cases] == [1, 6]
+    case = clock.case("a", 0.2)
+    interleave([case], budget=1.1, max_repeats=20)
+    assert case.n == 5
 
 
-def test_the_same_call_is_not_warmed_up_twice_where_it_is_slow() -> None:
-    calls: list[str] = []
-    forward = recorder(calls, "forward", 0.1)
-    both = recorder(calls, "both", 0.1)
+def test_the_same_call_is_not_warmed_up_twice_where_it_is_slow(clock: Clock) -> None:
+    forward, both = clock.case("forward", 0.1), clock.case("both", 0.1)
     both.warmed_by = forward
     interleave([forward, both], budget=0.1, max_repeats=1)
-    assert calls == ["forward", "forward", "both"]
+    # As calls of 0.1 s do, they run without an untimed call before the sample.
+    assert clock.calls == ["forward", "forward", "both"]
 
 
 MIB = 2**20
@@ -72,10 +88,6 @@ MIB = 2**20
 )
 def test_peak_counts_what_is_held_beyond_the_results() -> None:
     """In a fresh process, as the benchmark does: 48 MiB of scratch at once, 16 MiB of it returned."""
-    import os
-    import subprocess
-    import sys
-
     script = """
 import torch
 from reformer_kernels.cli.memory import peak_of

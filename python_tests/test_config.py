@@ -17,7 +17,7 @@ from reformer_kernels.config import (
 
 
 @pytest.mark.parametrize(
-    "field, value",
+    ("field", "value"),
     [
         ("n_hashes", 0),
         ("n_hashes", -1),
@@ -67,7 +67,7 @@ from reformer_kernels.config import (
     ],
 )
 def test_wrong_values_are_named(field: str, value: Any) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=field) as error:
         LSHConfig(**{field: value})
     message = str(error.value)
     assert message.startswith(field) and repr(value) in message, message
@@ -82,7 +82,7 @@ def test_message_says_what_is_accepted() -> None:
         LSHConfig(window="chunk")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("given, kept", [([4, 8], (4, 8)), (16, (16,)), ((2, 2), (2, 2)), (None, None)])
+@pytest.mark.parametrize(("given", "kept"), [([4, 8], (4, 8)), (16, (16,)), ((2, 2), (2, 2)), (None, None)])
 def test_bucket_factors_become_a_tuple(given: Any, kept: tuple[int, ...] | None) -> None:
     config = LSHConfig(bucket_factors=given)
     assert config.bucket_factors == kept
@@ -125,7 +125,7 @@ def test_config_is_frozen() -> None:
 
 
 @pytest.mark.parametrize(
-    "length, span, factors",
+    ("length", "span", "factors"),
     [
         (1, 64, (2,)),
         (127, 64, (2,)),
@@ -188,7 +188,7 @@ def test_rule_of_chunks() -> None:
     assert not resolve_rule(config, 9, shared_qk=False).exclude_self
 
 
-@pytest.mark.parametrize("causal, before, after", [(True, 7, 0), (False, 3, 4)])
+@pytest.mark.parametrize(("causal", "before", "after"), [(True, 7, 0), (False, 3, 4)])
 def test_rule_of_bucket_windows(causal: bool, before: int, after: int) -> None:
     config = LSHConfig.trax(window="bucket", bucket_window=7, causal=causal)
     rule = resolve_rule(config, 3)

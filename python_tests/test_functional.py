@@ -181,7 +181,7 @@ def test_the_unchanged_call_is_right() -> None:
 
 
 @pytest.mark.parametrize(
-    "call, kind, message",
+    ("call", "kind", "message"),
     [
         (lambda x: F.lsh_layout(x[0], CONFIG), ValueError, "qk must be"),
         (lambda x: F.lsh_layout(x, CONFIG, rotations=zeros(1, D, 1, 3)), ValueError, "rotations must be"),
@@ -250,7 +250,7 @@ def test_an_extension_that_is_not_built_is_an_error_not_a_fallback(monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    "device, dtype, name", [("cpu", torch.float64, "reference"), ("meta", torch.float32, "reference")]
+    ("device", "dtype", "name"), [("cpu", torch.float64, "reference"), ("meta", torch.float32, "reference")]
 )
 def test_auto(device: str, dtype: torch.dtype, name: str) -> None:
     assert _backend.resolve_backend("auto", torch.device(device), dtype) == name
@@ -336,9 +336,9 @@ def test_layout_is_the_sorted_hash() -> None:
     assert not layout.order.requires_grad
 
 
-@pytest.mark.parametrize("window, size, n", [("chunks", 12, 10), ("bucket", 4, 2)])
+@pytest.mark.parametrize(("window", "size", "n"), [("chunks", 12, 10), ("bucket", 4, 2)])
 def test_automatic_buckets(window: Any, size: int, n: int) -> None:
-    """Two buckets for each span of tokens; starts as long as the largest number that L allows, plus padding's."""
+    """Two buckets for each span of tokens; starts as long as the most that L allows, plus padding's."""
     config = LSHConfig(chunk_length=4, n_hashes=2, window=window)
     layout = F.lsh_layout(inputs()["qk"], config, seed=0, backend="reference")
     assert layout.bucket_starts.shape[-1] == size
@@ -439,7 +439,7 @@ def test_autocast_casts_as_sdpa_does(cast: torch.dtype) -> None:
         assert torch.equal(F.lsh_layout(q, CONFIG, seed=0, backend="reference").order, layout.order)
         local = F.local_attention(q, k, v, backend="reference")
         assert F.lsh_attention(q.double(), v.double(), CONFIG, seed=0).dtype == torch.float64
-        with pytest.raises(TypeError, match="under autocast qk is torch.float64 and v"):
+        with pytest.raises(TypeError, match=r"under autocast qk is torch\.float64 and v"):
             F.lsh_attention(q.double(), v, CONFIG, seed=0)
     assert torch.equal(local, F.local_attention(q.to(cast), k.to(cast), v.to(cast), backend="reference"))
     actual[0].sum().backward()
@@ -447,7 +447,7 @@ def test_autocast_casts_as_sdpa_does(cast: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "backend, config",
+    ("backend", "config"),
     [
         ("reference", CONFIG),
         pytest.param("native", CONFIG, marks=NATIVE.marks),

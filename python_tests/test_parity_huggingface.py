@@ -76,7 +76,7 @@ def compare(ours: Tensor, theirs: Tensor, inputs: list[Tensor], mask: Tensor | N
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("n_hashes", [1, 2, 4])
 @pytest.mark.parametrize(
-    "buckets, before, after, L",
+    ("buckets", "before", "after", "L"),
     [
         (8, 1, 0, 32),
         ([2, 4], 1, 0, 32),
@@ -146,7 +146,7 @@ def test_trax_equals_lsh_self_attention(
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
-    "before, after, L", [(1, 0, 32), (1, 1, 40), (2, 1, 24), (0, 0, 16), (1, 1, 16), (1, 1, 7)]
+    ("before", "after", "L"), [(1, 0, 32), (1, 1, 40), (2, 1, 24), (0, 0, 16), (1, 1, 16), (1, 1, 7)]
 )
 def test_local_attention_equals_local_self_attention(
     backend: str, causal: bool, padded: bool, before: int, after: int, L: int

@@ -113,7 +113,7 @@ def test_duplicate_correction(causal: bool, n_hashes: int, monkeypatch: pytest.M
 
 
 def test_duplicate_correction_across_buckets_differs_from_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its count is 0 for pairs that only the ring joins, and log(0 + 1e-9) swamps the rest: not reproduced."""
+    """Its count is 0 for pairs that only the ring joins; log(0 + 1e-9) swamps the rest: not reproduced."""
     config, qk, v, rotations = setup(16, n_hashes=3, correct_duplicates=True)
     theirs, _ = run_peer(qk, v, rotations, monkeypatch, allow_duplicate_attention=False)
     assert relative_error(theirs, F.lsh_attention(qk, v, config, rotations=rotations)) > 0.1

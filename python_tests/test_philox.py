@@ -19,7 +19,7 @@ KNOWN = [
 ]
 
 
-@pytest.mark.parametrize("key, counter, answer", KNOWN)
+@pytest.mark.parametrize(("key", "counter", "answer"), KNOWN)
 def test_known_answers(key: tuple[int, int], counter: tuple[int, int, int, int], answer: str) -> None:
     words = philox.philox(
         tuple(torch.tensor(w) for w in key),  # type: ignore[arg-type]

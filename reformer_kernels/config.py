@@ -106,7 +106,7 @@ class LSHConfig:
             rounds, so that the result is softmax over the union of the rounds' keys (Appendix A).
             False: a pair met N times counts N times.
         ring: "none": a round's first chunk looks back at nothing, its last chunk ahead at nothing.
-            "rounds": all rounds' chunks form one ring, as in the public implementations: a round's first chunk
+            "rounds": all rounds' chunks form a ring, as in the public implementations: a round's first chunk
             looks back at the previous round's last chunk, the first round's at the last round's.
         key_norm: "rms": k = q / sqrt(mean(q^2) + 1e-6) / sqrt(D) (trax, Hugging Face).
             "l2": k = q / max(|q|, 1e-12) (reformer_pytorch). "none": k = q.

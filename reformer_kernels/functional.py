@@ -295,8 +295,9 @@ def lsh_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """LSH attention with shared query-keys: `lsh_layout`, then `attend`. Section 2 of the paper.
 
-    qk (B, H, L, D); v (B, H, L, Dv); rotations (H or 1, D, n_hashes, config.rotation_width) float32, else drawn
-    from `seed`; or a layout, which needs neither. `seed` also keys dropout; seed None draws one number for both.
+    qk (B, H, L, D); v (B, H, L, Dv); rotations (H or 1, D, n_hashes, config.rotation_width) float32, else
+    drawn from `seed`; or a layout, which needs neither. `seed` also keys dropout; None draws
+    one number for both.
     The other arguments and the results are those of `attend`.
 
     >>> qk, v = torch.randn(1, 2, 256, 32), torch.randn(1, 2, 256, 32)
@@ -398,8 +399,8 @@ def local_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention within chunks of positions and their neighbours, as Hugging Face's `LocalSelfAttention`.
 
-    out_i = sum_j p_ij v_j, p_i = softmax of scale * q_i . k_j over j in i's chunk of `chunk_length` positions, the
-    `chunks_before` before it and the `chunks_after` after it. A query may see its own position.
+    out_i = sum_j p_ij v_j, p_i = softmax of scale * q_i . k_j over j in i's chunk of `chunk_length` positions
+    and in the `chunks_before` before and `chunks_after` after it. A query may see its own position.
 
     q, k (B, H, L, D); v (B, H, L, Dv). wrap: chunks form a ring (Hugging Face always does), a key met twice
     on it counts twice; sequences of at most one chunk have no neighbours. scale None: D ** -0.5. The other
@@ -487,7 +488,7 @@ def _layout(
     if config.bucket_factors is not None:
         n = math.prod(config.bucket_factors)
     else:
-        # The automatic factors' product rounds down from this; as a size it stays symbolic under torch.compile.
+        # The automatic factors' product rounds down from this, which stays symbolic under torch.compile.
         n = 2 * torch.sym_max(1, L // config.span)  # type: ignore[assignment]
     factors = config.bucket_factors or ()
     buckets = _hash(qk, rotations, factors, config.span, padding, backend)
@@ -643,7 +644,8 @@ def _check_padding(mask: Tensor | None, x: Tensor) -> Tensor | None:
         )
     if mask.shape != (x.shape[0], x.shape[2]):
         raise ValueError(
-            f"key_padding_mask must be (batch, length) = {(x.shape[0], x.shape[2])}, got shape {tuple(mask.shape)}"
+            f"key_padding_mask must be (batch, length) = {(x.shape[0], x.shape[2])}, "
+            f"got shape {tuple(mask.shape)}"
         )
     if mask.device != x.device:
         raise ValueError(f"key_padding_mask must be on {x.device}, got {mask.device}; move it with .to()")

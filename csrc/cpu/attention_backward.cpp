@@ -1,5 +1,5 @@
-// Attention over sorted orders, backward. With p_ij = exp(s_ij - lse_i) / N_ij from the merged log-sum-exp and
-// delta_i = out_i . dout_i - dlse_i, every round's part is exact on its own:
+// Attention over sorted orders, backward. With p_ij = exp(s_ij - lse_i) / N_ij from the merged log-sum-exp
+// and delta_i = out_i . dout_i - dlse_i, every round's part is exact on its own:
 //
 //   dv_j += p_ij m_ij dout_i          ds_ij = p_ij (m_ij dout_i . v_j - delta_i)
 //   dq_i += ds_ij k_j                 dk_j += ds_ij q_i                       (m: dropout factor)
@@ -78,14 +78,15 @@ class BackwardWorker {
       lse_[i] = p_.lse[head.index * p_.L + position] * kLog2E;
       delta_[i] = sums.delta[position];
       if (row_codes_)
-        memcpy(row_codes_ + i * p_.R, head.codes + position * p_.R, static_cast<size_t>(p_.R) * sizeof(int32_t));
+        memcpy(row_codes_ + i * p_.R, head.codes + position * p_.R,
+               static_cast<size_t>(p_.R) * sizeof(int32_t));
     }
     memset(grad_queries_, 0, static_cast<size_t>(tile_.rows * plan_.d_padded) * sizeof(float));
   }
 
   void differentiate_block(const Head& head, const Sums& sums, int64_t from, int64_t to) {
     panels_.require(from, to);
-    if (factors_) rule_.write_dropout(head, tile_, from, to, factors_, stride_);
+    if (factors_) rule_.write_dropout(head, tile_, panels_, from, to, factors_, stride_);
     for (int group = 0; group < tile_.groups; ++group) met_count_[group] = 0;
     prefetched_ = 0;
     for (int64_t panel = from; panel < to; ++panel) differentiate_panel(head, sums, panel, from, to);
@@ -104,7 +105,8 @@ class BackwardWorker {
   // products: asked for all at once they would only wait for one another.
   REFORMER_INLINE_MEMBER void prefetch(const Head& head, const Sums& sums, int64_t rows) {
     constexpr int64_t kBytes = sizeof(T);
-    for (const int64_t end = min_of<int64_t>(prefetched_ + rows, kTileRows); prefetched_ < end; ++prefetched_) {
+    for (const int64_t end = min_of<int64_t>(prefetched_ + rows, kTileRows); prefetched_ < end;
+         ++prefetched_) {
       panels_.prefetch(prefetched_);
       const int64_t rank = tile_.first_rank + kTileRows + prefetched_;
       if (rank >= p_.L) continue;
@@ -136,8 +138,8 @@ class BackwardWorker {
       const float* grad_outs = grad_outs_ + row * plan_.dv_padded;
       float* probabilities = probabilities_ + packed * kPanel;
       float* grad_probabilities = grad_probabilities_ + packed * kPanel;
-      multiply_group<false>(rows, queries, plan_.d_padded, Pieces{&keys_t, 1, kPanel}, kPanel, probabilities, kPanel,
-                            false);
+      multiply_group<false>(rows, queries, plan_.d_padded, Pieces{&keys_t, 1, kPanel}, kPanel, probabilities,
+                            kPanel, false);
       multiply_group<false>(rows, grad_outs, plan_.dv_padded, Pieces{&values_t, 1, kPanel}, kPanel,
                             grad_probabilities, kPanel, false);
       float* grad_logits = grad_logits_ + row * logits_stride() + met * kPanel;
@@ -148,12 +150,16 @@ class BackwardWorker {
               grad_logits + i * logits_stride());
       };
       rule_.with_compare([&](auto compare) {
-        if (codes || factors_) rows_of_group(compare, Constant<true>());
-        else rows_of_group(compare, Constant<false>());
+        if (codes || factors_)
+          rows_of_group(compare, Constant<true>());
+        else
+          rows_of_group(compare, Constant<false>());
       });
       packed += rows;
-      if (runs > 0 && runs_[runs - 1].row + runs_[runs - 1].rows == row) runs_[runs - 1].rows += rows;
-      else runs_[runs++] = Run{row, rows};
+      if (runs > 0 && runs_[runs - 1].row + runs_[runs - 1].rows == row)
+        runs_[runs - 1].rows += rows;
+      else
+        runs_[runs++] = Run{row, rows};
     }
     if (packed == 0) return;
     for (int run = 0; run < runs; ++run)
@@ -177,7 +183,7 @@ class BackwardWorker {
       vfloat s = load(probabilities + half);
       if (!keys.plain) s += load(keys.bias + half);
       vfloat p = exp2_of(s - lse_[i]);
-      if (kWeighted && codes) p *= rule_.inverse_count(row_codes_ + i * p_.R, codes, half);
+      if (kWeighted && codes) p *= rule_.inverse_count(row_codes_ + i * p_.R, codes, half, tile_.round);
       p = select(visible, p, vfloat{});
       vfloat grad = load(grad_probabilities + half);
       vfloat dropped = p;
@@ -219,7 +225,8 @@ class BackwardWorker {
   Tile tile_;
   int64_t stride_ = 0, prefetched_ = 0;
   float *queries_ = nullptr, *grad_outs_ = nullptr, *grad_queries_ = nullptr;
-  float *probabilities_ = nullptr, *grad_probabilities_ = nullptr, *grad_logits_ = nullptr, *factors_ = nullptr;
+  float *probabilities_ = nullptr, *grad_probabilities_ = nullptr, *grad_logits_ = nullptr,
+        *factors_ = nullptr;
   int64_t* met_ = nullptr;  // (kTileGroups, block_panels): panels of the block that a group meets
   int met_count_[kTileGroups];
   struct Run {
@@ -240,7 +247,8 @@ struct Workspace {
   char* workers = nullptr;
   size_t worker_bytes = 0;
 
-  Workspace(const AttentionParams& params, const AttentionGradients& gradients, const Plan& plan, Arena* arena)
+  Workspace(const AttentionParams& params, const AttentionGradients& gradients, const Plan& plan,
+            Arena* arena)
       : p(params), g(gradients), tables(p, plan, arena) {
     const int64_t rows = plan.heads * p.L;
     if (!kIsFloat<T>) {
@@ -266,7 +274,8 @@ struct Workspace {
   }
 
  private:
-  float* pick(float* scratch, const Rows& rows, const Head& head, int64_t slot, int64_t d, int64_t* stride) const {
+  float* pick(float* scratch, const Rows& rows, const Head& head, int64_t slot, int64_t d,
+              int64_t* stride) const {
     *stride = scratch ? d : rows.row_stride;
     return scratch ? scratch + slot * p.L * d : row_of<float>(rows, head.b, head.h, 0);
   }
@@ -316,8 +325,8 @@ void finish_row(const AttentionParams& p, const AttentionGradients& g, const Pla
     vfloat lanes{};
     for (int64_t k = 0; k < plan.d_padded; k += kLanes) lanes += load(key + k) * load(grad + k);
     // d(q / |q|): the part of the gradient along the key drops out, unless the norm is a constant there.
-    const bool constant = p.rule.key_norm == KeyNorm::kNone ||
-                          (p.rule.key_norm == KeyNorm::kL2 && inverse >= 1e12f);
+    const bool constant =
+        p.rule.key_norm == KeyNorm::kNone || (p.rule.key_norm == KeyNorm::kL2 && inverse >= 1e12f);
     const float along = constant ? 0.0f : sum_of_lanes(lanes);
     for (int64_t k = 0; k < p.D; ++k) grad_q[k] += grad[k] - along * key[k];
   }
@@ -348,7 +357,8 @@ void backward(const AttentionParams& p, const AttentionGradients& g) {
         const int64_t slot = task / row_tasks, begin = task % row_tasks * kRowsPerTask;
         const Head head = workspace.head_at(first, slot);
         const Sums sums = workspace.sums_at(head, slot);
-        for (int64_t i = begin; i < min_of(begin + kRowsPerTask, p.L); ++i) prepare_row<T>(p, g, head, sums, i);
+        for (int64_t i = begin; i < min_of(begin + kRowsPerTask, p.L); ++i)
+          prepare_row<T>(p, g, head, sums, i);
       }
       if (workspace.tables.codes) {
 #pragma omp for schedule(dynamic, 1)
@@ -400,9 +410,12 @@ size_t workspace_bytes(const AttentionParams& p) {
 
 size_t attention_backward_workspace_bytes(const AttentionParams& p) {
   switch (p.dtype) {
-    case DType::kFloat32: return workspace_bytes<float>(p);
-    case DType::kBFloat16: return workspace_bytes<BFloat16>(p);
-    case DType::kFloat16: return workspace_bytes<Float16>(p);
+    case DType::kFloat32:
+      return workspace_bytes<float>(p);
+    case DType::kBFloat16:
+      return workspace_bytes<BFloat16>(p);
+    case DType::kFloat16:
+      return workspace_bytes<Float16>(p);
   }
   return 0;
 }
@@ -410,9 +423,15 @@ size_t attention_backward_workspace_bytes(const AttentionParams& p) {
 Status attention_backward(const AttentionParams& p, const AttentionGradients& g) {
   if (p.B * p.H == 0 || p.L == 0) return Status::kOk;
   switch (p.dtype) {
-    case DType::kFloat32: backward<float>(p, g); break;
-    case DType::kBFloat16: backward<BFloat16>(p, g); break;
-    case DType::kFloat16: backward<Float16>(p, g); break;
+    case DType::kFloat32:
+      backward<float>(p, g);
+      break;
+    case DType::kBFloat16:
+      backward<BFloat16>(p, g);
+      break;
+    case DType::kFloat16:
+      backward<Float16>(p, g);
+      break;
   }
   return Status::kOk;
 }

@@ -73,7 +73,7 @@ class ForwardWorker {
     const bool first = from == tile_.first_panel;
     if (first) clear_rows();
     panels_.require(from, to);
-    if (factors_) rule_.write_dropout(head, tile_, from, to, factors_, plan_.block_panels * kPanel);
+    if (factors_) rule_.write_dropout(head, tile_, panels_, from, to, factors_, plan_.block_panels * kPanel);
     for (int group = 0; group < tile_.groups; ++group) met_count_[group] = 0;
     prefetched_ = 0;
     const int64_t rows_a_step = ceil_div(kTileRows, (to - from) * tile_.groups);
@@ -104,7 +104,8 @@ class ForwardWorker {
   // Asks for the rows that the next tile will gather, a few of its `kTileRows` at a time, in step with the
   // products: asked for all at once they would only wait for one another.
   REFORMER_INLINE_MEMBER void prefetch(const Head& head, const Running& running, int64_t rows) {
-    for (const int64_t end = min_of<int64_t>(prefetched_ + rows, kTileRows); prefetched_ < end; ++prefetched_) {
+    for (const int64_t end = min_of<int64_t>(prefetched_ + rows, kTileRows); prefetched_ < end;
+         ++prefetched_) {
       panels_.prefetch(prefetched_);
       const int64_t rank = tile_.first_rank + kTileRows + prefetched_;
       if (rank >= p_.L) continue;
@@ -146,7 +147,7 @@ class ForwardWorker {
         for (int64_t k = 0; k < count * kPanel; k += kLanes) {
           const vfloat p = exp2_of(load(row + k) - shift) *
                            rule_.inverse_count(row_codes_ + i * p_.R, panels_.codes(met[k / kPanel]),
-                                               static_cast<int>(k % kPanel));
+                                               static_cast<int>(k % kPanel), tile_.round);
           store(row + k, p);
           sums += p;
         }
@@ -159,7 +160,8 @@ class ForwardWorker {
           sums += next;
         }
       }
-      const float sum = p_.rule.bucket_window ? sum_from_first_key(i, met[0], count, row) : sum_of_lanes(sums);
+      const float sum =
+          p_.rule.bucket_window ? sum_from_first_key(i, met[0], count, row) : sum_of_lanes(sums);
       if (factors_)
         for (int m = 0; m < count; ++m) {
           const float* factors = factors_ + (i * plan_.block_panels + met[m] - from) * kPanel;
@@ -178,9 +180,9 @@ class ForwardWorker {
     }
   }
 
-  // The sum of row i's probabilities over `count` panels from panel `low` on, with lanes counted from the row's
-  // first key. In a bucket window the order of addition is then the same wherever in a tile the row lies:
-  // appended tokens, which move whole buckets, change no bit of earlier rows.
+  // The sum of row i's probabilities over `count` panels from panel `low` on, with lanes counted from the
+  // row's first key. In a bucket window the order of addition is then the same wherever in a tile the row
+  // lies: appended tokens, which move whole buckets, change no bit of earlier rows.
   float sum_from_first_key(int i, int64_t low, int64_t count, float* row) const {
     store(row + count * kPanel, vfloat{});
     const int64_t begin = max_of<int64_t>(tile_.low[i] - low * kPanel, 0);
@@ -206,7 +208,8 @@ class ForwardWorker {
           const float keep = exp2_of(old - top), add = sum == 0.0f ? 0.0f : exp2_of(maximum - top);
           sum = old_sum * keep + sum * add;
           int64_t k = 0;
-          for (; k + kLanes <= p_.Dv; k += kLanes) store(out + k, load(old_out + k) * keep + load(out + k) * add);
+          for (; k + kLanes <= p_.Dv; k += kLanes)
+            store(out + k, load(old_out + k) * keep + load(out + k) * add);
           for (; k < p_.Dv; ++k) out[k] = old_out[k] * keep + out[k] * add;
           maximum = top;
         }
@@ -265,7 +268,8 @@ struct Workspace {
   char* workers = nullptr;
   size_t worker_bytes = 0;
 
-  Workspace(const AttentionParams& params, const Plan& plan, Arena* arena) : p(params), tables(p, plan, arena) {
+  Workspace(const AttentionParams& params, const Plan& plan, Arena* arena)
+      : p(params), tables(p, plan, arena) {
     if (p.R > 1) {
       maximum = arena->take<float>(plan.heads * p.L);
       sum = arena->take<float>(plan.heads * p.L);
@@ -345,9 +349,12 @@ size_t workspace_bytes(const AttentionParams& p) {
 
 size_t attention_forward_workspace_bytes(const AttentionParams& p) {
   switch (p.dtype) {
-    case DType::kFloat32: return workspace_bytes<float>(p);
-    case DType::kBFloat16: return workspace_bytes<BFloat16>(p);
-    case DType::kFloat16: return workspace_bytes<Float16>(p);
+    case DType::kFloat32:
+      return workspace_bytes<float>(p);
+    case DType::kBFloat16:
+      return workspace_bytes<BFloat16>(p);
+    case DType::kFloat16:
+      return workspace_bytes<Float16>(p);
   }
   return 0;
 }
@@ -355,9 +362,12 @@ size_t attention_forward_workspace_bytes(const AttentionParams& p) {
 Status attention_forward(const AttentionParams& p) {
   if (p.B * p.H == 0 || p.L == 0) return Status::kOk;
   switch (p.dtype) {
-    case DType::kFloat32: return forward<float>(p);
-    case DType::kBFloat16: return forward<BFloat16>(p);
-    case DType::kFloat16: return forward<Float16>(p);
+    case DType::kFloat32:
+      return forward<float>(p);
+    case DType::kBFloat16:
+      return forward<BFloat16>(p);
+    case DType::kFloat16:
+      return forward<Float16>(p);
   }
   return Status::kOk;
 }

@@ -1,4 +1,5 @@
-// The shape of the work in attention: tiles of queries in sorted order, each with one range of ring positions.
+// The shape of the work in attention: tiles of queries in sorted order, each with one range of ring
+// positions.
 //
 // Ring position g = round * L + rank: `order` of one head, read from end to end, is the ring. A range may
 // leave [0, R * L); its positions then wrap. Everything here is a function of the problem alone, never of
@@ -11,8 +12,8 @@
 namespace reformer {
 namespace REFORMER_ISA {
 
-constexpr int kTileRows = 64;          // queries in a tile
-constexpr int kPanel = 2 * kLanes;     // keys in a panel
+constexpr int kTileRows = 64;       // queries in a tile
+constexpr int kPanel = 2 * kLanes;  // keys in a panel
 constexpr int kTileGroups = (kTileRows + kGroupRows - 1) / kGroupRows;
 constexpr float kInfinity = __builtin_inff();
 // Logits are held in units of ln 2, so that a probability is one power of two.
@@ -34,6 +35,9 @@ struct Plan {
   int64_t heads = 0;          // (batch, head) pairs worked on together
   int64_t d_padded = 0, dv_padded = 0;
   bool inside_bucket = false;  // every range lies in one bucket, where rank order is position order
+  // A causal rule over whole chunks: the queries of a tile and the keys of each kTileRows ring positions are
+  // taken in order of position, which makes a tile's mask nearly triangular and lets half of it be skipped.
+  bool sorts_positions = false;
   bool compares_buckets = false;  // a range around the ring comes back to its own round: pairs are compared
   int32_t before = 0, after = 0;  // codes: see write_codes
   int32_t ring_turns = 0;         // how often a range may go around the ring
@@ -50,6 +54,7 @@ static inline Plan make_plan(const AttentionParams& p) {
   plan.compares_buckets = rule.bucket_mask && !rule.bucket_window && rule.ring &&
                           max_of(rule.chunks_before, rule.chunks_after) > (p.R - 1) * plan.chunks;
   plan.inside_bucket = rule.bucket_window || (rule.bucket_mask && !plan.compares_buckets);
+  plan.sorts_positions = rule.causal && !plan.inside_bucket && rule.chunk_length % kTileRows == 0;
   // How far a tile's keys reach below its first and above its last query.
   int64_t below, above;
   if (rule.bucket_window) {
@@ -60,20 +65,22 @@ static inline Plan make_plan(const AttentionParams& p) {
   } else {
     below = (rule.chunks_before + 1) * rule.chunk_length;
     above = (rule.chunks_after + 1) * rule.chunk_length;
-    plan.before = static_cast<int32_t>(min_of(rule.chunks_before, plan.ring_length));
-    plan.after = static_cast<int32_t>(min_of(rule.chunks_after, plan.ring_length));
+    // Around the ring a range may meet a key again and again, so there all of it counts.
+    plan.before = static_cast<int32_t>(rule.ring ? rule.chunks_before : min_of(rule.chunks_before, p.L));
+    plan.after = static_cast<int32_t>(rule.ring ? rule.chunks_after : min_of(rule.chunks_after, p.L));
   }
   plan.ring_turns = static_cast<int32_t>((plan.before + plan.after) / (p.R * plan.chunks)) + 2;
   if (!rule.ring) below = min_of(below, p.L), above = min_of(above, p.L);
-  const int64_t needed = ceil_div(below + kTileRows + above, kPanel) + 2;
+  const int64_t needed = ceil_div(below + kTileRows + above, kPanel) + 2 * kTileRows / kPanel;
   // In a bucket window all logits of a row are held at once (up to a size): its sum then does not depend
   // on where in the tile the row lies, so appending tokens changes no bit of earlier outputs.
   plan.block_panels = min_of<int64_t>(needed, rule.bucket_window ? 4096 / kPanel : 512 / kPanel);
   plan.cached_panels = 1;
-  while (plan.cached_panels < max_of(plan.block_panels, min_of<int64_t>(needed, 1024 / kPanel))) plan.cached_panels *= 2;
+  while (plan.cached_panels < max_of(plan.block_panels, min_of<int64_t>(needed, 1024 / kPanel)))
+    plan.cached_panels *= 2;
   // Tasks of the backward pass add to rows of keys: with segments at least as long as the reach, the even
   // segments do not touch one another's keys, nor do the odd ones.
-  plan.segment_tiles = max_of<int64_t>(16, ceil_div(below + above + 2 * kPanel, kTileRows));
+  plan.segment_tiles = max_of<int64_t>(16, ceil_div(below + above + 2 * kTileRows, kTileRows));
   plan.segments = ceil_div(plan.tiles, plan.segment_tiles);
   // Few heads at a time keep their rows in the last-level cache; enough of them keep the threads busy.
   const int64_t wanted = 16 * static_cast<int64_t>(p.threads);
@@ -137,8 +144,10 @@ REFORMER_INLINE int64_t bucket_of_rank(const int32_t* starts, int64_t starts_siz
   int64_t low = 0, high = starts_size - 1;  // starts[low] <= rank < starts[high]
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    if (starts[middle] <= rank) low = middle;
-    else high = middle;
+    if (starts[middle] <= rank)
+      low = middle;
+    else
+      high = middle;
   }
   return low;
 }
@@ -184,23 +193,52 @@ struct Tile {
   int64_t round = 0, first_rank = 0;
   int rows = 0, groups = 0;
   int32_t position[kTileRows];
-  int64_t bucket[kTileRows];                                  // over all rounds, where buckets matter
-  int64_t low[kTileRows], high[kTileRows];                    // ring positions of a row's keys
-  int64_t full_low[kTileRows], full_high[kTileRows];          // panels that lie inside [low, high)
-  int64_t panel_low[kTileGroups], panel_high[kTileGroups];    // panels that a group of rows meets
-  int32_t last_position[kTileGroups];                         // of a group's queries
-  int64_t first_panel = 0, last_panel = 0;                    // [first, last) over all groups
-  bool crosses = false;                                       // keys of another round, over the ring
+  int32_t rank[kTileRows];                                  // in the round
+  int64_t bucket[kTileRows];                                // over all rounds, where buckets matter
+  int64_t low[kTileRows], high[kTileRows];                  // ring positions of a row's keys
+  int64_t full_low[kTileRows], full_high[kTileRows];        // panels that lie inside [low, high)
+  int64_t panel_low[kTileGroups], panel_high[kTileGroups];  // panels that a group of rows meets
+  int32_t last_position[kTileGroups];                       // of a group's queries
+  int64_t first_panel = 0, last_panel = 0;                  // [first, last) over all groups
+  bool crosses = false;                                     // keys of another round, over the ring
 };
 
 REFORMER_INLINE int group_rows(const Tile& tile, int group) {
   return min_of(kGroupRows, tile.rows - group * kGroupRows);
 }
 
+// Sorts up to kTileRows numbers; they come as a few rising runs, one a bucket.
+static inline void insertion_sort(uint64_t* numbers, int count) {
+  for (int i = 1; i < count; ++i) {
+    const uint64_t number = numbers[i];
+    int j = i;
+    for (; j > 0 && numbers[j - 1] > number; --j) numbers[j] = numbers[j - 1];
+    numbers[j] = number;
+  }
+}
+
+// Rows in order of position. They lie in one chunk, so that their ranges are the same.
+static inline void sort_rows(Tile* tile) {
+  uint64_t rows[kTileRows];
+  int64_t bucket[kTileRows];
+  for (int i = 0; i < tile->rows; ++i) {
+    rows[i] = static_cast<uint64_t>(tile->position[i]) << 8 | static_cast<uint64_t>(i);
+    bucket[i] = tile->bucket[i];
+  }
+  insertion_sort(rows, tile->rows);
+  for (int i = 0; i < tile->rows; ++i) {
+    const int from = static_cast<int>(rows[i] & 0xff);
+    tile->position[i] = static_cast<int32_t>(rows[i] >> 8);
+    tile->rank[i] = static_cast<int32_t>(tile->first_rank) + from;
+    tile->bucket[i] = bucket[from];
+  }
+}
+
 static inline void make_tile(const AttentionParams& p, const Plan& plan, const Head& head, int64_t round,
                              int64_t index, Tile* tile) {
   const AttentionRule& rule = p.rule;
   const int64_t ring_start = round * p.L, length = p.L;
+  const int64_t unit = plan.sorts_positions ? kTileRows : kPanel;  // of ring positions that stay together
   tile->round = round;
   tile->first_rank = index * kTileRows;
   tile->rows = static_cast<int>(min_of<int64_t>(kTileRows, length - tile->first_rank));
@@ -217,6 +255,7 @@ static inline void make_tile(const AttentionParams& p, const Plan& plan, const H
   for (int i = 0; i < tile->rows; ++i) {
     const int64_t rank = tile->first_rank + i, own = ring_start + rank;
     tile->position[i] = head.order[own];
+    tile->rank[i] = static_cast<int32_t>(rank);
     int64_t low, high;
     if (rule.bucket_window) {
       low = own - rule.window_before;
@@ -238,6 +277,8 @@ static inline void make_tile(const AttentionParams& p, const Plan& plan, const H
     if (buckets) {
       while (starts[bucket + 1] <= rank) ++bucket;
       tile->bucket[i] = round * p.starts_size + bucket;
+    } else {
+      tile->bucket[i] = 0;
     }
     if (plan.inside_bucket) {
       low = max_of(low, ring_start + starts[bucket]);
@@ -246,10 +287,11 @@ static inline void make_tile(const AttentionParams& p, const Plan& plan, const H
     }
     tile->low[i] = low;
     tile->high[i] = high;
-    tile->full_low[i] = floor_div(low + kPanel - 1, kPanel);
-    tile->full_high[i] = floor_div(high, kPanel);
+    tile->full_low[i] = floor_div(low + unit - 1, unit) * (unit / kPanel);
+    tile->full_high[i] = floor_div(high, unit) * (unit / kPanel);
     tile->crosses |= low < ring_start || high > ring_start + length;
   }
+  if (plan.sorts_positions) sort_rows(tile);
   tile->first_panel = INT64_MAX;
   tile->last_panel = INT64_MIN;
   for (int group = 0; group < tile->groups; ++group) {
@@ -263,8 +305,8 @@ static inline void make_tile(const AttentionParams& p, const Plan& plan, const H
     }
     tile->last_position[group] = last_position;
     const bool empty = low == INT64_MAX;
-    tile->panel_low[group] = empty ? 0 : floor_div(low, kPanel);
-    tile->panel_high[group] = empty ? 0 : floor_div(high - 1, kPanel) + 1;
+    tile->panel_low[group] = empty ? 0 : floor_div(low, unit) * (unit / kPanel);
+    tile->panel_high[group] = empty ? 0 : (floor_div(high - 1, unit) + 1) * (unit / kPanel);
     if (empty) continue;
     tile->first_panel = min_of(tile->first_panel, tile->panel_low[group]);
     tile->last_panel = max_of(tile->last_panel, tile->panel_high[group]);

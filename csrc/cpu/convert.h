@@ -54,7 +54,8 @@ REFORMER_INLINE void from_float(float x, Float16* out) {
     half = 0x7e00u;
   } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
     half = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the rounded denormal in the low bits
+  } else if (magnitude <
+             0x38800000u) {  // below 2^-14: adding 0.5 leaves the rounded denormal in the low bits
     half = bits_of_float(float_of_bits(magnitude) + 0.5f) - bits_of_float(0.5f);
   } else {
     half = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;

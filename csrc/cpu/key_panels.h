@@ -24,16 +24,19 @@ static float inverse_norm(const AttentionParams& p, const Head& head, int64_t po
   for (; i < p.D; ++i) squares += to_float(row[i]) * to_float(row[i]);
   if (squares == kInfinity) {
     double wide = 0.0;
-    for (i = 0; i < p.D; ++i) wide += static_cast<double>(to_float(row[i])) * static_cast<double>(to_float(row[i]));
+    for (i = 0; i < p.D; ++i)
+      wide += static_cast<double>(to_float(row[i])) * static_cast<double>(to_float(row[i]));
     return static_cast<float>(1.0 / __builtin_sqrt(wide));
   }
-  if (p.rule.key_norm == KeyNorm::kRms) return 1.0f / __builtin_sqrtf(squares + kRmsEpsilon * static_cast<float>(p.D));
+  if (p.rule.key_norm == KeyNorm::kRms)
+    return 1.0f / __builtin_sqrtf(squares + kRmsEpsilon * static_cast<float>(p.D));
   return 1.0f / max_of(__builtin_sqrtf(squares), kL2Smallest);
 }
 
 struct Panel {
   bool plain = false;          // every key is there, has no bias, and buckets need not be compared
   int32_t first_position = 0;  // the lowest position of a key that may be seen, INT32_MAX if there is none
+  int32_t ring[kPanel];        // ring position of the key, from the start of its block of kTileRows
   int32_t position[kPanel];    // original position of the key, -1 where there is none
   float bias[kPanel];          // in logit units; -inf where there is no key or it is padding
   int64_t bucket[kPanel];      // over all rounds, where pairs' buckets are compared
@@ -67,6 +70,7 @@ class KeyPanels {
     last_ = last;
     wrap_ = wrap;
     begin_ = end_ = 0;
+    sorted_block_ = INT64_MIN;
   }
 
   // Makes panels [from, to) available; to - from <= block_panels.
@@ -103,16 +107,31 @@ class KeyPanels {
   }
 
   const Panel& panel(int64_t p) const { return panels_[slot(p)]; }
-  const float* keys_t(int64_t p) const { return keys_t_ + slot(p) * p_.D * kPanel; }           // [D][kPanel]
-  const float* values_t(int64_t p) const { return values_t_ + slot(p) * p_.Dv * kPanel; }      // [Dv][kPanel]
-  const float* keys(int64_t p) const { return keys_ + slot(p) * kPanel * plan_.d_padded; }     // [kPanel][D]
+  const float* keys_t(int64_t p) const { return keys_t_ + slot(p) * p_.D * kPanel; }        // [D][kPanel]
+  const float* values_t(int64_t p) const { return values_t_ + slot(p) * p_.Dv * kPanel; }   // [Dv][kPanel]
+  const float* keys(int64_t p) const { return keys_ + slot(p) * kPanel * plan_.d_padded; }  // [kPanel][D]
   const float* values(int64_t p) const { return values_ + slot(p) * kPanel * plan_.dv_padded; }
-  const int32_t* codes(int64_t p) const { return codes_ + slot(p) * p_.R * kPanel; }           // [R][kPanel]
+  const int32_t* codes(int64_t p) const { return codes_ + slot(p) * p_.R * kPanel; }  // [R][kPanel]
   float* grad_k(int64_t p) { return grad_k_ + slot(p) * kPanel * plan_.d_padded; }
   float* grad_v(int64_t p) { return grad_v_ + slot(p) * kPanel * plan_.dv_padded; }
 
  private:
   int64_t slot(int64_t panel) const { return panel & (plan_.cached_panels - 1); }
+
+  // Original position of the key at ring position g, -1 where there is none.
+  int32_t position_at(int64_t g) const {
+    if (wrap_) return head_.order[floor_mod(g, plan_.ring_length)];
+    return g >= first_ && g < last_ ? head_.order[g] : -1;
+  }
+
+  // The kTileRows ring positions from `block` on in order of position, keys that are not there last.
+  void sort_block(int64_t block) {
+    sorted_block_ = block;
+    for (int i = 0; i < kTileRows; ++i)
+      sorted_[i] = static_cast<uint64_t>(static_cast<uint32_t>(position_at(block + i))) << 8 |
+                   static_cast<uint64_t>(i);
+    insertion_sort(sorted_, kTileRows);
+  }
 
   void pack(int64_t index) {
     Panel& panel = panels_[slot(index)];
@@ -120,10 +139,15 @@ class KeyPanels {
     float* values = values_ + slot(index) * kPanel * plan_.dv_padded;
     panel.plain = true;
     panel.first_position = INT32_MAX;
+    const int64_t block = index * kPanel & ~static_cast<int64_t>(kTileRows - 1);
+    const int in_block = static_cast<int>(index * kPanel - block);
+    if (plan_.sorts_positions && block != sorted_block_) sort_block(block);
     for (int lane = 0; lane < kPanel; ++lane) {
-      const int64_t g = index * kPanel + lane;
-      const bool there = wrap_ || (g >= first_ && g < last_);
-      const int32_t position = there ? head_.order[wrap_ ? floor_mod(g, plan_.ring_length) : g] : -1;
+      panel.ring[lane] = in_block + lane;
+      if (plan_.sorts_positions) panel.ring[lane] = static_cast<int32_t>(sorted_[in_block + lane] & 0xff);
+      const int64_t g = block + panel.ring[lane];
+      const int32_t position = position_at(g);
+      const bool there = position >= 0;
       const float bias = !there ? -kInfinity : head_.key_bias ? head_.key_bias[position] : 0.0f;
       panel.position[lane] = position;
       if (plan_.compares_buckets && there) {
@@ -150,7 +174,8 @@ class KeyPanels {
       int32_t* codes = codes_ + slot(index) * p_.R * kPanel;
       for (int lane = 0; lane < kPanel; ++lane)
         for (int64_t r = 0; r < p_.R; ++r)
-          codes[r * kPanel + lane] = panel.position[lane] < 0 ? 0 : head_.codes[panel.position[lane] * p_.R + r];
+          codes[r * kPanel + lane] =
+              panel.position[lane] < 0 ? 0 : head_.codes[panel.position[lane] * p_.R + r];
     }
     for (int half = 0; half < kPanel; half += kLanes) {
       transpose_lanes(keys + half * plan_.d_padded, plan_.d_padded, p_.D,
@@ -189,6 +214,8 @@ class KeyPanels {
   Head head_;
   int64_t first_ = 0, last_ = 0, begin_ = 0, end_ = 0;
   bool wrap_ = false;
+  int64_t sorted_block_ = 0;
+  uint64_t sorted_[kTileRows];  // of the block packed last: position << 8 | ring position in the block
   Panel* panels_ = nullptr;
   float *keys_t_ = nullptr, *values_t_ = nullptr, *keys_ = nullptr, *values_ = nullptr;
   float *grad_k_ = nullptr, *grad_v_ = nullptr;
@@ -203,10 +230,12 @@ struct Constant {
 // Which keys of a panel a query may attend to, and in how many rounds it meets them.
 class PairRule {
  public:
-  PairRule(const AttentionParams& p, const Plan& plan) : p_(p), plan_(plan), lanes_(iota()) {
+  PairRule(const AttentionParams& p, const Plan& plan) : p_(p), plan_(plan) {
     // In one bucket a causal range says it all.
-    if (p.rule.causal) compare_ = plan.inside_bucket ? Compare::kNone : Compare::kBefore;
-    else if (p.rule.exclude_self) compare_ = Compare::kOthers;
+    if (p.rule.causal)
+      compare_ = plan.inside_bucket ? Compare::kNone : Compare::kBefore;
+    else if (p.rule.exclude_self)
+      compare_ = Compare::kOthers;
   }
 
   // Whether any row of a group may attend to any key of the panel, as far as can be told at once.
@@ -222,16 +251,18 @@ class PairRule {
 
   // Lanes [half, half + kLanes) of panel `index` that row `i` may attend to.
   template <Compare kCompare>
-  REFORMER_INLINE_MEMBER vint visible(const Tile& tile, int i, int64_t index, const Panel& panel, int half) const {
+  REFORMER_INLINE_MEMBER vint visible(const Tile& tile, int i, int64_t index, const Panel& panel,
+                                      int half) const {
     vint mask = splat(-1);
     if constexpr (kCompare == Compare::kBefore)
       mask = load(panel.position + half) < splat(tile.position[i] + (p_.rule.exclude_self ? 0 : 1));
     if constexpr (kCompare == Compare::kOthers) mask = load(panel.position + half) != splat(tile.position[i]);
     if (__builtin_expect(index < tile.full_low[i] || index >= tile.full_high[i], 0)) {
-      const int64_t g = index * kPanel + half;
-      const int64_t low = min_of<int64_t>(max_of<int64_t>(tile.low[i] - g, 0), kLanes);
-      const int64_t high = min_of<int64_t>(max_of<int64_t>(tile.high[i] - g, 0), kLanes);
-      mask &= (lanes_ >= splat(static_cast<int32_t>(low))) & (lanes_ < splat(static_cast<int32_t>(high)));
+      const int64_t block = index * kPanel & ~static_cast<int64_t>(kTileRows - 1);
+      const int64_t low = min_of<int64_t>(max_of<int64_t>(tile.low[i] - block, 0), kTileRows);
+      const int64_t high = min_of<int64_t>(max_of<int64_t>(tile.high[i] - block, 0), kTileRows);
+      const vint ring = load(panel.ring + half);
+      mask &= (ring >= splat(static_cast<int32_t>(low))) & (ring < splat(static_cast<int32_t>(high)));
     }
     if (__builtin_expect(panel.plain, 1)) return mask;
     mask &= load(panel.bias + half) > splat(-kInfinity);
@@ -244,71 +275,100 @@ class PairRule {
   template <typename F>
   REFORMER_INLINE_MEMBER void with_compare(F f) const {
     switch (compare_) {
-      case Compare::kNone: f(Constant<Compare::kNone>()); break;
-      case Compare::kBefore: f(Constant<Compare::kBefore>()); break;
-      case Compare::kOthers: f(Constant<Compare::kOthers>()); break;
+      case Compare::kNone:
+        f(Constant<Compare::kNone>());
+        break;
+      case Compare::kBefore:
+        f(Constant<Compare::kBefore>());
+        break;
+      case Compare::kOthers:
+        f(Constant<Compare::kOthers>());
+        break;
     }
   }
 
-  // 1 / (rounds in which the query with these codes meets the keys of a panel).
-  vfloat inverse_count(const int32_t* row_codes, const int32_t* panel_codes, int half) const {
+  // 1 / (rounds in which the query with these codes meets the keys of a panel), for keys that it meets in
+  // `round`.
+  REFORMER_INLINE_MEMBER vfloat inverse_count(const int32_t* row_codes, const int32_t* panel_codes, int half,
+                                              int64_t round) const {
+    if (p_.rule.ring && !plan_.inside_bucket) return inverse_ring_count(row_codes, panel_codes, half);
     const vuint span = (vuint)splat(plan_.before + plan_.after);
-    vint count{};
-    if (!p_.rule.ring || plan_.inside_bucket) {
-      for (int64_t r = 0; r < p_.R; ++r) {
-        const vint distance = splat(row_codes[r] + plan_.after) - load(panel_codes + r * kPanel + half);
-        count -= (vint)((vuint)distance <= span);
-      }
-    } else {
-      // On the ring a key of any round may be in reach (of the same one, with a bucket mask), and more than
-      // once where the reach is longer.
-      const int32_t rounds = static_cast<int32_t>(p_.R), chunks = static_cast<int32_t>(plan_.chunks);
-      for (int32_t r = 0; r < rounds; ++r)
-        for (int32_t other = 0; other < rounds; ++other) {
-          if (plan_.compares_buckets && other != r) continue;
-          for (int32_t turn = -plan_.ring_turns; turn <= plan_.ring_turns; ++turn) {
-            const int32_t base = row_codes[r] + (r - other + turn * rounds) * chunks + plan_.after;
-            const vint distance = splat(base) - load(panel_codes + other * kPanel + half);
-            count -= (vint)((vuint)distance <= span);
-          }
-        }
+    vint others{};
+    for (int64_t r = 0; r < p_.R; ++r) {
+      if (r == round) continue;
+      const vuint distance =
+          (vuint)(splat(row_codes[r] + plan_.after) - load(panel_codes + r * kPanel + half));
+      others -= (vint)((distance < span ? distance : span) == distance);
     }
-    return 1.0f / __builtin_convertvector(count > 1 ? count : splat(1), vfloat);
+    if (p_.R <= kLanes) return __builtin_shuffle(inverses_, others);
+    return 1.0f / __builtin_convertvector(others + 1, vfloat);
   }
 
-  // factors[i * stride + k] = keep_scale or 0 for rows [0, rows) and the keys of panels [from, to).
-  void write_dropout(const Head& head, const Tile& tile, int64_t from, int64_t to, float* factors,
-                     int64_t stride) const {
-    const int64_t padded_length = round_up(p_.L, 4);
-    for (int i = 0; i < tile.rows; ++i) {
-      int64_t g = from * kPanel;
-      float* out = factors + i * stride;
-      while (g < to * kPanel) {
-        const int64_t on_ring = floor_mod(g, plan_.ring_length), round = on_ring / p_.L, rank = on_ring % p_.L;
-        const int64_t run = min_of(to * kPanel - g, p_.L - rank);
-        const int64_t first_slot = round * padded_length + rank;
-        uint32_t words[4 * kLanes];
-        int64_t skip = first_slot % 4;
-        for (int64_t done = 0, block = first_slot / 4; done < run; block += kLanes) {
-          philox_blocks(p_.seed, static_cast<uint32_t>(head.index), static_cast<uint32_t>(tile.round),
-                        static_cast<uint32_t>(tile.first_rank + i), static_cast<uint32_t>(block), words);
-          const int64_t n = min_of<int64_t>(run - done, 4 * kLanes - skip);
-          for (int64_t k = 0; k < n; ++k)
-            out[done + k] = words[skip + k] >= p_.dropout_threshold ? p_.keep_scale : 0.0f;
-          done += n;
-          skip = 0;
-        }
-        g += run;
-        out += run;
+  // factors[i * stride + k] = keep_scale or 0 for rows [0, rows) and the keys of panels [from, to), as
+  // `panels` holds them. `from` and `to` do not part a block that is sorted.
+  template <typename Panels>
+  void write_dropout(const Head& head, const Tile& tile, const Panels& panels, int64_t from, int64_t to,
+                     float* factors, int64_t stride) const {
+    float run[kTileRows];
+    constexpr int64_t kPerBlock = kTileRows / kPanel;
+    for (int64_t panel = from; panel < to;) {
+      const int64_t block = floor_div(panel, kPerBlock), end = min_of(to, (block + 1) * kPerBlock);
+      for (int i = 0; i < tile.rows; ++i) {
+        write_factors(head, tile, i, block * kTileRows, run);
+        for (int64_t p = panel; p < end; ++p)
+          for (int lane = 0; lane < kPanel; ++lane)
+            factors[i * stride + (p - from) * kPanel + lane] = run[panels.panel(p).ring[lane]];
       }
+      panel = end;
     }
   }
 
  private:
+  // On the ring a key of any round may be in reach (of the same one, with a bucket mask), and more than once
+  // where the reach is longer.
+  __attribute__((noinline)) vfloat inverse_ring_count(const int32_t* row_codes, const int32_t* panel_codes,
+                                                      int half) const {
+    const vuint span = (vuint)splat(plan_.before + plan_.after);
+    const int32_t rounds = static_cast<int32_t>(p_.R), chunks = static_cast<int32_t>(plan_.chunks);
+    vint count{};
+    for (int32_t r = 0; r < rounds; ++r)
+      for (int32_t other = 0; other < rounds; ++other) {
+        if (plan_.compares_buckets && other != r) continue;
+        for (int32_t turn = -plan_.ring_turns; turn <= plan_.ring_turns; ++turn) {
+          const int32_t base = row_codes[r] + (r - other + turn * rounds) * chunks + plan_.after;
+          const vint distance = splat(base) - load(panel_codes + other * kPanel + half);
+          count -= (vint)((vuint)distance <= span);
+        }
+      }
+    return 1.0f / __builtin_convertvector(count > 1 ? count : splat(1), vfloat);
+  }
+
+  // The factors of row i and the kTileRows keys at ring positions g, g + 1, ...
+  void write_factors(const Head& head, const Tile& tile, int i, int64_t g, float* factors) const {
+    const int64_t padded_length = round_up(p_.L, 4), end = g + kTileRows;
+    while (g < end) {
+      const int64_t on_ring = floor_mod(g, plan_.ring_length), round = on_ring / p_.L, rank = on_ring % p_.L;
+      const int64_t count = min_of(end - g, p_.L - rank), first_slot = round * padded_length + rank;
+      uint32_t words[4 * kLanes];
+      int64_t skip = first_slot % 4;
+      for (int64_t done = 0, counter = first_slot / 4; done < count; counter += kLanes) {
+        philox_blocks(p_.seed, static_cast<uint32_t>(head.index), static_cast<uint32_t>(tile.round),
+                      static_cast<uint32_t>(tile.rank[i]), static_cast<uint32_t>(counter), words);
+        const int64_t n = min_of<int64_t>(count - done, 4 * kLanes - skip);
+        for (int64_t k = 0; k < n; ++k)
+          factors[done + k] = words[skip + k] >= p_.dropout_threshold ? p_.keep_scale : 0.0f;
+        done += n;
+        skip = 0;
+      }
+      g += count;
+      factors += count;
+    }
+  }
+
   const AttentionParams& p_;
   const Plan& plan_;
-  vint lanes_;
   Compare compare_ = Compare::kNone;
+  vfloat inverses_ = 1.0f / __builtin_convertvector(iota() + 1, vfloat);  // 1 / 1, 1 / 2, ...
 };
 
 }  // namespace REFORMER_ISA

@@ -71,12 +71,13 @@ REFORMER_INLINE BlockKernel block_kernel(int rows) {
 
 // C[0 .. rows)[0 .. width) (+)= A B for rows <= kGroupRows and a width that is a multiple of kLanes.
 template <bool kTransposed>
-REFORMER_INLINE void multiply_group(int rows, const float* a, int64_t a_stride, const Pieces& b, int64_t width,
-                                    float* c, int64_t c_stride, bool accumulate) {
+REFORMER_INLINE void multiply_group(int rows, const float* a, int64_t a_stride, const Pieces& b,
+                                    int64_t width, float* c, int64_t c_stride, bool accumulate) {
   int64_t column = 0;
   for (; column + 2 * kLanes <= width; column += 2 * kLanes)
     block_kernel<kTransposed, 2>(rows)(a, a_stride, b, column, c + column, c_stride, accumulate);
-  if (column < width) block_kernel<kTransposed, 1>(rows)(a, a_stride, b, column, c + column, c_stride, accumulate);
+  if (column < width)
+    block_kernel<kTransposed, 1>(rows)(a, a_stride, b, column, c + column, c_stride, accumulate);
 }
 
 // The same for any number of rows.
@@ -85,8 +86,8 @@ REFORMER_INLINE void multiply(int64_t rows, const float* a, int64_t a_stride, co
                               float* c, int64_t c_stride, bool accumulate) {
   for (int64_t row = 0; row < rows; row += kGroupRows)
     multiply_group<kTransposed>(static_cast<int>(min_of<int64_t>(kGroupRows, rows - row)),
-                                a + row * (kTransposed ? 1 : a_stride), a_stride, b, width, c + row * c_stride,
-                                c_stride, accumulate);
+                                a + row * (kTransposed ? 1 : a_stride), a_stride, b, width,
+                                c + row * c_stride, c_stride, accumulate);
 }
 
 }  // namespace REFORMER_ISA

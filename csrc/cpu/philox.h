@@ -1,4 +1,5 @@
-// Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), kLanes counters at once.
+// Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), kLanes counters at
+// once.
 #pragma once
 
 #include "simd.h"

@@ -38,7 +38,9 @@ template <typename T>
 REFORMER_INLINE T max_of(T a, T b) {
   return a < b ? b : a;
 }
-REFORMER_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+REFORMER_INLINE int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 template <typename V, typename T>
 REFORMER_INLINE V load_as(const T* p) {
@@ -94,7 +96,8 @@ REFORMER_INLINE float max_of_lanes(vfloat v) {
 // polynomial is a minimax fit to (2^f - 1) / f on [-1/2, 1/2], of relative error 9e-8 in 2^f.
 REFORMER_INLINE vfloat exp2_of(vfloat x) {
   constexpr float kLowest = -126.0f;
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+  constexpr float kShift =
+      12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   const vfloat shifted = x + kShift;
   const vfloat f = x - (shifted - kShift);
   vfloat y = splat(1.326472614891827e-3f);

@@ -95,6 +95,21 @@ class Rates:
     """Bytes read and bytes written, both counted."""
 
 
+def _product_size(device: torch.device, dtype: torch.dtype) -> int:
+    """The size of a square product that takes some hundredths of a second: large enough to run at full rate,
+    and short also where the processor has no instructions for the dtype (bfloat16 on many CPUs)."""
+    size, most = (256, 2048) if device.type == "cpu" else (1024, 8192)
+    while size < most:
+        a = torch.ones(size, size, device=device, dtype=dtype)
+        torch.matmul(a, a)
+        start = clock(device)
+        torch.matmul(a, a)
+        if clock(device) - start > 0.01:
+            break
+        size *= 2
+    return size
+
+
 class RateMeter:
     """Times a square matrix product in `dtype` and a copy too large for any cache.
 
@@ -104,7 +119,7 @@ class RateMeter:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
-        self.size = 2048 if device.type == "cpu" else 8192
+        self.size = _product_size(device, dtype)
         self.count = (64 if device.type == "cpu" else 512) * 2**20 // 4
         self.a = torch.randn(self.size, self.size, device=device).to(dtype)
         self.b = torch.randn(self.size, self.size, device=device).to(dtype)

@@ -7,9 +7,9 @@ took turns (A B A B ...) in one process, on one machine, in one state.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 
 import torch
 
@@ -68,15 +68,15 @@ class Case:
             self.warm_up_seconds = self.warmed_by.warm_up_seconds
             return
         for _ in range(2):
-            start = time.perf_counter()
+            start = perf_counter()
             self.run()
-            self.warm_up_seconds = time.perf_counter() - start
+            self.warm_up_seconds = perf_counter() - start
             if self.warm_up_seconds > slow:
                 break
         self.calls_per_sample = max(1, math.ceil(SHORTEST_SAMPLE / max(self.warm_up_seconds, 1e-7)))
 
     def sample(self) -> None:
-        start = time.perf_counter()
+        start = perf_counter()
         if self.warm_up_seconds < QUICK_CALL:
             self.run()
         totals: dict[str, float] = {}
@@ -85,7 +85,7 @@ class Case:
                 totals[phase] = totals.get(phase, 0.0) + seconds
         for phase, seconds in totals.items():
             self.samples.setdefault(phase, []).append(seconds / self.calls_per_sample)
-        self.spent += time.perf_counter() - start
+        self.spent += perf_counter() - start
 
     def spreads(self) -> dict[str, Spread]:
         return {phase: Spread.of(values) for phase, values in self.samples.items()}
@@ -122,4 +122,4 @@ def synchronize(device: torch.device) -> None:
 def clock(device: torch.device) -> float:
     """Seconds, once the device has done all it was given."""
     synchronize(device)
-    return time.perf_counter()
+    return perf_counter()

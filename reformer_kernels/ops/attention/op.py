@@ -15,6 +15,9 @@ from torch import Tensor
 from reformer_kernels import _native
 from reformer_kernels.config import AttentionRule
 
+MAX_HEAD_DIM = 256
+_RULE_FIELDS = [field.name for field in dataclasses.fields(AttentionRule)]
+
 _ARGUMENTS = (
     "Tensor q, Tensor? k, Tensor v, Tensor order, Tensor bucket_starts, Tensor? key_bias, Tensor? seed, "
     "int[] rule, float scale, float dropout_p"
@@ -31,13 +34,25 @@ def _empty_rows_like(tensor: Tensor) -> Tensor:
     """Uninitialised memory in the layout of `tensor`, so that a transposed view of a projection's output
     gets a result that transposes back for free; the last dimension is contiguous in any case."""
     result = torch.empty_like(tensor)
-    return result if result.stride(-1) == 1 or result.size(-1) == 1 else torch.empty(
-        tensor.shape, dtype=tensor.dtype, device=tensor.device
+    return (
+        result
+        if result.stride(-1) == 1 or result.size(-1) == 1
+        else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     )
 
 
 def _contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.size(-1) == 1 else tensor.contiguous()
+
+
+def _check_limits(dim: int, value_dim: int, rule: list[int]) -> None:
+    """What the kernels take for granted and `functional` has checked; a direct call may not have."""
+    if not (1 <= dim <= MAX_HEAD_DIM and 1 <= value_dim <= MAX_HEAD_DIM):
+        raise ValueError(f"head dimensions must be in 1..{MAX_HEAD_DIM}, got {dim} and {value_dim}")
+    if len(rule) != len(_RULE_FIELDS):
+        raise ValueError(f"rule must be AttentionRule.pack(), {len(_RULE_FIELDS)} integers, got {len(rule)}")
+    if rule[_RULE_FIELDS.index("chunk_length")] < 1 or not all(0 <= number < 2**31 for number in rule):
+        raise ValueError(f"rule must be AttentionRule.pack() of a valid rule, got {rule}")
 
 
 def _parameters(
@@ -57,9 +72,9 @@ def _parameters(
     """The kernels' parameter struct. The caller keeps every tensor alive while it is used."""
     native = _native.extension()
     batch, heads, length, dim = q.shape
+    _check_limits(dim, v.size(-1), rule)
     rounds, starts_size = order.size(2), bucket_starts.size(-1)
     dtypes = [q.dtype] if q.dtype in _native.DTYPES else list(_native.DTYPES)
-    names = [field.name for field in dataclasses.fields(AttentionRule)]
     int32, float32 = [torch.int32], [torch.float32]
     return native.AttentionParams(
         B=batch,
@@ -80,7 +95,7 @@ def _parameters(
         key_bias=0
         if key_bias is None
         else _native.pointer(key_bias, "key_bias", shape=(batch, length), dtypes=float32),
-        rule=native.AttentionRule(**dict(zip(names, rule, strict=True))),
+        rule=native.AttentionRule(**dict(zip(_RULE_FIELDS, rule, strict=True))),
         scale=scale,
         dropout_threshold=min(int(dropout_p * 2**32), 2**32 - 1),
         keep_scale=1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
@@ -112,9 +127,7 @@ def _(
     q, v = _contiguous_rows(q), _contiguous_rows(v)
     k = None if k is None else _contiguous_rows(k)
     out, lse = _empty_rows_like(v), torch.empty(q.shape[:3], dtype=torch.float32)
-    parameters = _parameters(
-        q, k, v, order, bucket_starts, key_bias, seed, rule, scale, dropout_p, out, lse
-    )
+    parameters = _parameters(q, k, v, order, bucket_starts, key_bias, seed, rule, scale, dropout_p, out, lse)
     workspace = _workspace(native.attention_forward_workspace_bytes(parameters))
     parameters.workspace = _native.pointer(
         workspace, "workspace", shape=workspace.shape, dtypes=[torch.uint8]
@@ -152,9 +165,7 @@ def _(
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     grad_q, grad_v = _empty_rows_like(q), _empty_rows_like(v)
     grad_k = q.new_empty(0) if k is None else _empty_rows_like(k)
-    parameters = _parameters(
-        q, k, v, order, bucket_starts, key_bias, seed, rule, scale, dropout_p, out, lse
-    )
+    parameters = _parameters(q, k, v, order, bucket_starts, key_bias, seed, rule, scale, dropout_p, out, lse)
     gradients = native.AttentionGradients(
         grad_out=_native.rows(grad_out, "grad_out", shape=out.shape, dtypes=[q.dtype]),
         grad_lse=0
@@ -197,9 +208,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     return grad_q, grad_k if has_k else None, grad_v, *(None,) * 7
 
 
-torch.library.register_autograd(
-    "reformer_kernels::native_attention", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("reformer_kernels::native_attention", _backward, setup_context=_setup_context)
 
 
 def _no_double_backward(ctx: Any, *grads: Tensor) -> None:

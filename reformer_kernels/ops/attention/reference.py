@@ -38,11 +38,11 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """out_i = sum_j p_ij v_j and lse_i, with p = softmax over the instances j that `rule` lets i see.
 
-    s_ij = scale * q_i . k_j + key_bias_j - log N_ij, lse_i = log sum_j exp(s_ij), p_ij = exp(s_ij - lse_i); N_ij is
-    how often i sees j over all rounds if the rule corrects duplicates, else 1. Dropout acts on p.
+    s_ij = scale * q_i . k_j + key_bias_j - log N_ij, lse_i = log sum_j exp(s_ij), p_ij = exp(s_ij - lse_i);
+    N_ij is how often i sees j over all rounds if the rule corrects duplicates, else 1. Dropout acts on p.
 
-    q (B, H, L, D), k the same or None (q normalised by `rule.key_norm`), v (B, H, L, Dv), order (B, H, R, L) and
-    bucket_starts (B, H, R, S) as in `Layout`, key_bias (B, L) or None with -inf at padding, seed an int64
+    q (B, H, L, D), k the same or None (q normalised by `rule.key_norm`), v (B, H, L, Dv), order (B, H, R, L)
+    and bucket_starts (B, H, R, S) as in `Layout`, key_bias (B, L) or None with -inf at padding, seed an int64
     tensor of one element (None without dropout).
     -> out (B, H, L, Dv) in q's dtype, lse (B, H, L) float32, float64 for float64 q.
 
