@@ -173,6 +173,28 @@ PYBIND11_MODULE(_C, m) {
       },
       kNoGil);
 
+  Fields<ResidualParams>(m, "ResidualParams")
+      .field("rows", &ResidualParams::rows)
+      .field("columns", &ResidualParams::columns)
+      .field("fixed_point", &ResidualParams::fixed_point)
+      .field("scale", &ResidualParams::scale)
+      .field("sign", &ResidualParams::sign)
+      .field("dtype", &ResidualParams::dtype)
+      .field("delta_dtype", &ResidualParams::delta_dtype)
+      .field("stream", &ResidualParams::stream)
+      .field("delta", &ResidualParams::delta)
+      .field("value", &ResidualParams::value)
+      .field("normalization", &ResidualParams::normalization)
+      .field("epsilon", &ResidualParams::epsilon)
+      .field("norm_weight", &ResidualParams::norm_weight)
+      .field("norm_bias", &ResidualParams::norm_bias)
+      .field("normed", &ResidualParams::normed)
+      .field("mean", &ResidualParams::mean)
+      .field("rstd", &ResidualParams::rstd)
+      .field("flag", &ResidualParams::flag)
+      .field("threads", &ResidualParams::threads);
+  m.def("residual_step", &residual_step, kNoGil);
+
   m.def("active_isa", &active_isa);
   m.def("select_isa", [](const std::string& name) { return select_isa(name.c_str()); });
   m.def("compiled_isas", &compiled_isas);

@@ -97,6 +97,33 @@ Status attention_forward(const AttentionParams& params);
 size_t attention_backward_workspace_bytes(const AttentionParams& params);
 Status attention_backward(const AttentionParams& params, const AttentionGradients& gradients);
 
+enum class Normalization : int32_t { kNone = 0, kLayer = 1, kRms = 2 };
+
+// One step of a residual stream: stream += sign * delta in place; then, in the same pass, value = the stream
+// in `dtype` and normed = weight * (value - mean) * rstd + bias by rows (kRms: mean 0). A floating-point
+// stream has dtype `dtype`; a fixed-point one is int32 multiples of 1 / scale, takes round(delta * scale),
+// and wraps around.
+struct ResidualParams {
+  int64_t rows = 0, columns = 0;
+  bool fixed_point = false;
+  float scale = 1.0f;  // fixed point only: a power of two
+  int32_t sign = 1;    // 1 or -1
+  DType dtype = DType::kFloat32, delta_dtype = DType::kFloat32;
+  void* stream = nullptr;
+  const void* delta = nullptr;  // null: the stream stays as it is
+  void* value = nullptr;        // may be null
+  Normalization normalization = Normalization::kNone;
+  float epsilon = 0.0f;
+  const float* norm_weight = nullptr;  // (columns,); may be null, as may the bias
+  const float* norm_bias = nullptr;
+  void* normed = nullptr;
+  float* mean = nullptr;  // (rows,), as rstd; may be null
+  float* rstd = nullptr;
+  int32_t* flag = nullptr;  // becomes 1 if a fixed-point sum wraps around or a delta has no int32
+  int32_t threads = 1;
+};
+void residual_step(const ResidualParams& params);
+
 // The instruction set in use: "avx512", "avx2" or "portable"; select_isa("") goes back to the best.
 // Returns false where the machine lacks it.
 const char* active_isa();

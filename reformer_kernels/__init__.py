@@ -3,5 +3,13 @@
 from . import functional
 from .config import LSHConfig
 from .layout import Layout
+from .modules import ChunkedFeedForward, ReversibleBlock, ReversibleSequence
 
-__all__ = ["LSHConfig", "Layout", "functional"]
+__all__ = [
+    "ChunkedFeedForward",
+    "LSHConfig",
+    "Layout",
+    "ReversibleBlock",
+    "ReversibleSequence",
+    "functional",
+]

@@ -16,7 +16,7 @@ NATIVE_ERROR: ImportError | None = None
 
 try:
     # Imports the extension, then the modules that register the native operators with torch.
-    for _module in ("_native", "ops.hash.op", "ops.sort.op", "ops.attention.op"):
+    for _module in ("_native", "ops.hash.op", "ops.sort.op", "ops.residual.op", "ops.attention.op"):
         importlib.import_module(f"{__package__}.{_module}")
 except ImportError as error:
     NATIVE_ERROR = error

@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 
 from . import _autocast
 from ._backend import resolve_backend
+from .chunked import chunked_feed_forward, linear_cross_entropy
 from .config import (
     AttentionRule,
     LSHConfig,
@@ -46,6 +47,8 @@ from .ops.sort import reference as sort_reference
 __all__ = [
     "attend",
     "bucket_sort",
+    "chunked_feed_forward",
+    "linear_cross_entropy",
     "local_attention",
     "lsh_attention",
     "lsh_hash",

@@ -18,7 +18,8 @@
   KERNEL(Status, attention_forward, (const AttentionParams& params), (params))                             \
   KERNEL(size_t, attention_backward_workspace_bytes, (const AttentionParams& params), (params))            \
   KERNEL(Status, attention_backward, (const AttentionParams& params, const AttentionGradients& gradients), \
-         (params, gradients))
+         (params, gradients))                                                                              \
+  KERNEL(void, residual_step, (const ResidualParams& params), (params))
 
 namespace reformer {
 

@@ -13,7 +13,7 @@ import torch
 import typer
 from rich.console import Console
 
-from reformer_kernels.cli import agreement, machine, memory
+from reformer_kernels.cli import agreement, layers_report, machine, memory
 from reformer_kernels.cli.arguments import (
     choice,
     choices,
@@ -64,7 +64,12 @@ class Settings:
 
 def bench(
     operation: Annotated[
-        str, typer.Argument(metavar="[hash|sort|attention|lsh]", help="What to time; lsh is the whole call.")
+        str,
+        typer.Argument(
+            metavar="[hash|sort|attention|lsh|reversible|ffn|loss|memory]",
+            help="What to time; lsh is the whole call. The last four take --dtype, --device, --threads, "
+            "--budget, --repeats, --json and --png.",
+        ),
     ] = "lsh",
     seq_lens: Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")] = "1024,4096",
     batch: Annotated[int, typer.Option(help="Batch size.")] = 1,
@@ -101,6 +106,9 @@ def bench(
     csv_file: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE", help="Write the rows as CSV.")
     ] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--png", metavar="FILE", help="Draw what `memory` measures.")
+    ] = None,
 ) -> None:
     """Time the kernels on this machine, beside the peers.
 
@@ -108,8 +116,23 @@ def bench(
     times longer the other call takes. Memory is what a call holds at its worst beyond inputs, outputs and
     gradients.
     """
+    if operation in layers_report.OPERATIONS:
+        for name, file in (("--json", json_file), ("--png", picture)):
+            writable_file(name, file)
+        console = new_console()
+        document = layers_report.run(
+            operation,
+            threads=positive("--threads", threads if threads is not None else torch.get_num_threads()),
+            budget=positive("--budget", budget),
+            repeats=positive("--repeats", repeats),
+            device=_checked_device(device),
+            dtype=DTYPES[choice("--dtype", dtype, tuple(DTYPES))],
+        )
+        layers_report.show(document, console)
+        layers_report.save(document, json_file, picture)
+        return
     settings = Settings(
-        operation=choice("OPERATION", operation, OPERATIONS),
+        operation=choice("OPERATION", operation, (*OPERATIONS, *layers_report.OPERATIONS)),
         lengths=integers("--seq-lens", seq_lens),
         n_hashes=integers("--hashes", hashes),
         problem=Problem(

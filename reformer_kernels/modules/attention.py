@@ -7,6 +7,7 @@ kernels read them where the matrix products wrote them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from reformer_kernels import functional
 from reformer_kernels.config import LSHConfig
 from reformer_kernels.layout import Layout
+from reformer_kernels.modules._replay import is_keeping, remember
 
 MAX_HEAD_DIM = 256
 SEED_BOUND = 2**63 - 1
@@ -195,6 +197,17 @@ class LSHSelfAttention(_SelfAttention):
             seed = _fresh_seed() if self.training else self.seed
         qk = self._split_heads(self.query_key(x), self.head_dim)
         v = self._split_heads(self.value(x), self.value_dim)
+        if layout is None and is_keeping():
+            choose = functools.partial(
+                functional.lsh_layout,
+                qk.detach(),
+                config,
+                rotations=rotations,
+                seed=seed,
+                key_padding_mask=key_padding_mask,
+                backend=self.backend,
+            )
+            layout, rotations = remember(choose), None
         out = functional.lsh_attention(
             qk,
             v,

@@ -231,10 +231,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out is None and grad_lse is None:
         return (None,) * 10
+    saved = ctx.saved_tensors  # once: torch.utils.checkpoint gives them a single time
     grad_q, grad_k, grad_v = torch.ops.reformer_kernels.native_attention_backward(
-        grad_out, grad_lse, *ctx.saved_tensors, *ctx.options
+        grad_out, grad_lse, *saved, *ctx.options
     )
-    has_k = ctx.saved_tensors[3] is not None
+    has_k = saved[3] is not None
     return grad_q, grad_k if has_k else None, grad_v, *(None,) * 7
 
 

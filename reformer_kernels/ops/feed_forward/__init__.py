@@ -1,0 +1,1 @@
+"""The two-layer feed-forward in chunks of rows."""

@@ -1,0 +1,1 @@
+"""Projection to the vocabulary, log-softmax and loss in chunks of rows."""

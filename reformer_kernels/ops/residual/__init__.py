@@ -1,0 +1,1 @@
+"""Steps of residual streams, in floating point and in fixed point."""
