@@ -19,7 +19,12 @@ def test_interpreted() -> None:
     root = str(CASES.parents[1])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(CASES)], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, str(CASES)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["fixed_point", "passed", "flag", "passed", "normalised", "passed"]
@@ -38,7 +43,14 @@ def test_compiles(backend: str, architecture: int | str, warp: int, fixed: bool)
     pointers = {"stream": "*i32" if fixed else "*bf16", "mean": "*fp32", "rstd": "*fp32", "weight": "*fp32"}
     pointers |= {"delta": "*bf16", "value": "*bf16", "normed": "*bf16", "bias": "*fp32"}
     numbers = {"scale": "*fp32", "flag": "*i32", "elements": "i64", "width": "i32", "epsilon": "fp32"}
-    constants = {"SIGN": 1, "FIXED": fixed, "HAS_DELTA": True, "NORM": 1, "HAS_WEIGHT": True, "HAS_BIAS": True}
+    constants = {
+        "SIGN": 1,
+        "FIXED": fixed,
+        "HAS_DELTA": True,
+        "NORM": 1,
+        "HAS_WEIGHT": True,
+        "HAS_BIAS": True,
+    }
     constants["BLOCK"] = BLOCK
     signature = pointers | numbers | dict.fromkeys(constants, "constexpr")
     ordered = {name: signature[name] for name in residual_step_kernel.arg_names}
