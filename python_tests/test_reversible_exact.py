@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from python_tests.test_reversible import D, feed_forward, streams, weigh
-from reformer_kernels import Layout, LSHConfig, functional
+from reformer_kernels import Layout, LSHConfig, _dispatch
 from reformer_kernels.modules.attention import LSHSelfAttention
 from reformer_kernels.modules.feed_forward import ChunkedFeedForward
 from reformer_kernels.modules.reversible import ReversibleSequence
@@ -79,13 +79,13 @@ def test_float_mode_with_lsh_attention_equals_ordinary(settings: dict[str, Any])
 
 def test_layouts_are_kept_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[int] = []
-    original = functional._layout
+    original = _dispatch.make_layout
 
     def counted(qk: Tensor, *rest: Any) -> Layout:
         hashed.append(1)
         return original(qk, *rest)
 
-    monkeypatch.setattr(functional, "_layout", counted)
+    monkeypatch.setattr(_dispatch, "make_layout", counted)
     for keep, expected in ((True, 2), (False, 4)):
         hashed.clear()
         weigh(reformer(2, keep_layouts=keep)(torch.randn(2, 40, 32, requires_grad=True))).backward()

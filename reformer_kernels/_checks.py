@@ -1,0 +1,182 @@
+"""Checks of the public functions' arguments: what was given, what is accepted, what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import _autocast
+from .config import LSHConfig, check_integer
+from .layout import Layout
+
+MAX_HEAD_DIM = 256
+MAX_LENGTH = 2**31 - 1
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_config(config: object) -> None:
+    if not isinstance(config, LSHConfig):
+        raise TypeError(f"config must be an LSHConfig, such as LSHConfig.paper(), got {kind_of(config)}")
+
+
+def check_size(name: str, value: object, low: int, high: int) -> None:
+    """As `check_integer`, but a symbolic integer, which stands for a checked size, may pass."""
+    if not isinstance(value, torch.SymInt):
+        check_integer(name, value, low, high)
+
+
+def check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {kind_of(x)}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}; use {name}.to_dense()")
+
+
+def check_rows(name: str, x: Any) -> Tensor:
+    """A (B, H, L, D) tensor of floats with H, L >= 1 and D in 1..256."""
+    check_tensor(name, x)
+    if x.dtype not in FLOAT_DTYPES:
+        accepted = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
+        raise TypeError(f"{name} must be one of {accepted}, got {x.dtype}; convert with {name}.float()")
+    if x.dim() != 4:
+        raise ValueError(
+            f"{name} must be (batch, heads, length, head_dim), got shape {tuple(x.shape)}; "
+            f"one sequence of one head is {name}[None, None]"
+        )
+    _, heads, length, dim = x.shape
+    if heads < 1 or not 1 <= length <= MAX_LENGTH:
+        raise ValueError(f"{name} must have at least one head and one token, got shape {tuple(x.shape)}")
+    if not 1 <= dim <= MAX_HEAD_DIM:
+        raise ValueError(f"{name} must have a head dimension of 1..{MAX_HEAD_DIM}, got {dim}")
+    return x
+
+
+def check_qkv(
+    q: Tensor,
+    v: Tensor,
+    k: Tensor | None,
+    *,
+    names: tuple[str, str, str] = ("q", "v", "k"),
+    k_required: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Checked against each other, and cast as autocast asks."""
+    check_rows(names[0], q)
+    check_rows(names[1], v)
+    others: list[tuple[str, Any]] = [(names[1], v)]
+    if k is not None or k_required:
+        check_rows(names[2], k)
+        others.append((names[2], k))
+    for name, x in others:
+        if x.dtype != q.dtype and not _autocast.enabled(q.device.type):
+            raise TypeError(
+                f"{names[0]} and {name} must have one dtype, got {q.dtype} and {x.dtype}; "
+                f"convert with {name}.to({names[0]}.dtype)"
+            )
+        if x.device != q.device:
+            raise ValueError(
+                f"{names[0]} and {name} must be on one device, got {q.device} and {x.device}; "
+                f"move with {name}.to({names[0]}.device)"
+            )
+        if x.shape[:3] != q.shape[:3]:
+            raise ValueError(
+                f"{names[0]} and {name} must have the same batch, heads and length, "
+                f"got shapes {tuple(q.shape)} and {tuple(x.shape)}"
+            )
+    if k is not None and k.shape != q.shape:
+        raise ValueError(f"q and k must have one shape, got {tuple(q.shape)} and {tuple(k.shape)}")
+    q, v, k = _autocast.cast(q), _autocast.cast(v), None if k is None else _autocast.cast(k)
+    for name, x in ((names[1], v), (names[2], k)):
+        if x is not None and x.dtype != q.dtype:
+            raise TypeError(
+                f"under autocast {names[0]} is {q.dtype} and {name} {x.dtype}; make them one dtype"
+            )
+    return q, v, k
+
+
+def check_padding(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    check_tensor("key_padding_mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"key_padding_mask must be bool, True = padding, got {mask.dtype}; "
+            "from a mask with 1 for tokens, pass mask == 0"
+        )
+    if mask.shape != (x.shape[0], x.shape[2]):
+        raise ValueError(
+            f"key_padding_mask must be (batch, length) = {(x.shape[0], x.shape[2])}, "
+            f"got shape {tuple(mask.shape)}"
+        )
+    if mask.device != x.device:
+        raise ValueError(f"key_padding_mask must be on {x.device}, got {mask.device}; move it with .to()")
+    return mask.contiguous()
+
+
+def check_rotations(rotations: Tensor, x: Tensor, *, width: int, rounds: int | None = None) -> None:
+    check_tensor("rotations", rotations)
+    if rotations.dtype != torch.float32 and not (rotations.dtype == x.dtype == torch.float64):
+        raise TypeError(f"rotations must be float32, got {rotations.dtype}; convert with rotations.float()")
+    heads, dim = x.shape[1], x.shape[3]
+    wanted = f"({heads} or 1, {dim}, {'R' if rounds is None else rounds}, {width})"
+    if (
+        rotations.dim() != 4
+        or rotations.shape[0] not in (1, heads)
+        or rotations.shape[1] != dim
+        or rotations.shape[2] < 1
+        or (rounds is not None and rotations.shape[2] != rounds)
+        or rotations.shape[3] < width
+    ):
+        raise ValueError(
+            f"rotations must be (heads or 1, head_dim, n_hashes, width) = {wanted}, got shape "
+            f"{tuple(rotations.shape)}; draw them with sample_rotations(config, heads, head_dim, seed)"
+        )
+
+
+def check_layout(layout: Layout, q: Tensor, config: LSHConfig) -> None:
+    """Types and shapes; the values are checked where they are used."""
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout must be a Layout, as lsh_layout makes it, got {kind_of(layout)}")
+    B, H, L, _ = q.shape
+    R = config.rounds(L)
+    for name, x in (("order", layout.order), ("bucket_starts", layout.bucket_starts)):
+        check_tensor(f"layout.{name}", x)
+        if x.dtype != torch.int32:
+            raise TypeError(f"layout.{name} must be int32, got {x.dtype}; convert with .int()")
+        if x.device != q.device:
+            raise ValueError(f"layout.{name} must be on {q.device}, got {x.device}; move it with .to()")
+    if layout.order.shape != (B, H, R, L):
+        raise ValueError(
+            f"layout.order must be (batch, heads, rounds, length) = {(B, H, R, L)}, got shape "
+            f"{tuple(layout.order.shape)}; make the layout for this input and configuration with lsh_layout"
+        )
+    starts = layout.bucket_starts
+    if starts.dim() != 4 or starts.shape[:3] != (B, H, R) or starts.shape[3] < 2:
+        raise ValueError(
+            f"layout.bucket_starts must be (batch, heads, rounds, S) = ({B}, {H}, {R}, S) with S >= 2, "
+            f"got shape {tuple(starts.shape)}; make the layout with lsh_layout"
+        )
+
+
+def check_dropout(dropout_p: float) -> None:
+    number = isinstance(dropout_p, (int, float)) and not isinstance(dropout_p, bool)
+    if not number or not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be a number in [0, 1), got {dropout_p!r}; 1 would drop everything")
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Autograd formulas of custom operators know reverse mode only: torch would drop tangents in silence."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "attention's native kernels have no forward-mode derivative; use backend='reference' for "
+            "torch.func.jvp and dual numbers"
+        )
+
+
+def kind_of(x: object) -> str:
+    return type(x).__name__
