@@ -7,6 +7,7 @@ which all write 1.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from reformer_kernels.ops.residual.checks import NORMALIZATIONS, allocate, check
+from reformer_kernels.ops.specialization import TRITON_TYPES, Specialization
+from reformer_kernels.ops.tiles import Tile
 
 BLOCK = 1024
 
@@ -164,3 +167,45 @@ def _fake(
 
 _library.impl("triton_residual_step", residual_step, "CUDA")
 torch.library.register_fake("reformer_kernels::triton_residual_step", _fake, lib=_library)
+
+
+def specializations(
+    *, architecture: str, dtype: torch.dtype, head_dim: int, options: str, tiles: Mapping[str, Tile]
+) -> list[Specialization]:
+    """See `ops.specialization`. The rows are those of a model of 16 heads; "all" is a normalised fixed-point
+    stream, "off" a plain addition."""
+    everything = options == "all"
+    pointer = "*" + TRITON_TYPES[dtype]
+    signature = {
+        "stream": "*i32" if everything else pointer,
+        **dict.fromkeys(("delta", "value", "normed"), pointer),
+        **dict.fromkeys(("mean", "rstd", "weight", "bias", "scale"), "*fp32"),
+        "flag": "*i32",
+        "elements": "i64",
+        "width": "i32",
+        "epsilon": "fp32",
+    }
+    constexprs = {
+        "SIGN": 1,
+        "FIXED": everything,
+        "HAS_DELTA": True,
+        "NORM": NORMALIZATIONS.index("layer") if everything else 0,
+        "HAS_WEIGHT": everything,
+        "HAS_BIAS": everything,
+        "BLOCK": 16 * head_dim if everything else BLOCK,
+    }
+    return [
+        Specialization(
+            kernel=residual_step_kernel,
+            name="residual_step",
+            signature=signature,
+            constexprs=constexprs,
+            tile=None,
+            architecture=architecture,
+            dtype=dtype,
+            head_dim=head_dim,
+            options=options,
+            divisible=("stream", "delta", "value", "normed", "weight", "bias", "elements", "width"),
+            multiplies=False,
+        )
+    ]
