@@ -5,9 +5,9 @@ Every `ops/<operation>/triton_kernels.py` has a function
     specializations(*, architecture, dtype, head_dim, options, tiles={}) -> list[Specialization]
 
 that lists its kernels as its launcher would compile them for such tensors: with `options` "off" the least
-that can be asked of them, with "all" everything at once. `tiles` replaces the table's tile by kernel name, for
-the search of tiles. `all_specializations` collects them; tests, `reformer-kernels inspect` and the search read
-them. Neither this module nor `tiles` imports Triton.
+that can be asked of them, with "all" everything at once. `tiles` replaces the table's tile by kernel name,
+for the search of tiles. `all_specializations` collects them; tests, `reformer-kernels inspect` and the search
+read them. Neither this module nor `tiles` imports Triton.
 """
 
 from __future__ import annotations
