@@ -73,6 +73,33 @@ def instances(
     return found
 
 
+def cross_instances(
+    order: Sequence[Sequence[int]],
+    starts: Sequence[Sequence[int]],
+    key_order: Sequence[Sequence[int]],
+    key_starts: Sequence[Sequence[int]],
+    rule: AttentionRule,
+    i: int,
+) -> list[Instance]:
+    """As `instances`, for keys sorted apart from the queries: around the cursor of the query at i."""
+    L, L_k = len(order[0]), len(key_order[0])
+    place = i if rule.causal else i * L_k // L
+    found = []
+    for r in range(len(order)):
+
+        def bucket_at(ends: Sequence[Sequence[int]], rank: int, r: int = r) -> int:
+            return max(x for x in range(len(ends[r]) - 1) if ends[r][x] <= rank)
+
+        rank = list(order[r]).index(i)
+        own = bucket_at(starts, rank)
+        keys = [(bucket_at(key_starts, p), key_order[r][p]) for p in range(L_k)]
+        cursor = sum(key <= (own, place) for key in keys)
+        for p in range(cursor - rule.window_before, cursor + rule.window_after):
+            if 0 <= p < L_k and (keys[p][0] == own or not rule.bucket_mask):
+                found.append(Instance(key_order[r][p], r, rank, r, p))
+    return found
+
+
 def attention(
     q: Tensor,
     k: Tensor | None,
@@ -84,22 +111,32 @@ def attention(
     rule: AttentionRule,
     scale: float,
     dropout_p: float,
+    key_order: Tensor | None = None,
+    key_bucket_starts: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, H, L, Dv) and lse (B, H, L), float64, without gradients."""
+    """out (B, H, L, Dv) and lse (B, H, L), float64, without gradients. `bias` (B, L_k) is finite."""
     B, H, L, D = q.shape
-    out, lse = torch.zeros(v.shape, dtype=torch.float64), torch.zeros(q.shape[:3], dtype=torch.float64)
+    L_k = v.shape[2]
+    out = torch.zeros(B, H, L, v.shape[3], dtype=torch.float64)
+    lse = torch.zeros(q.shape[:3], dtype=torch.float64)
     for b in range(B):
-        pad = [False] * L if padding is None else padding[b].tolist()
+        pad = [False] * L_k if padding is None else padding[b].tolist()
+        added = [0.0] * L_k if bias is None else bias[b].tolist()
         for h in range(H):
-            rows = [[0.0] * D if pad[i] else q[b, h, i].tolist() for i in range(L)]
+            padded = pad if key_order is None else [False] * L
+            rows = [[0.0] * D if padded[i] else q[b, h, i].tolist() for i in range(L)]
             if k is None:
                 keys = [normalised(row, rule.key_norm) for row in rows]
             else:
-                keys = [[0.0] * D if pad[i] else k[b, h, i].tolist() for i in range(L)]
+                keys = [[0.0] * D if pad[i] else k[b, h, i].tolist() for i in range(L_k)]
+            places = [order[b, h].tolist(), bucket_starts[b, h].tolist()]
+            if key_order is not None and key_bucket_starts is not None:
+                places += [key_order[b, h].tolist(), key_bucket_starts[b, h].tolist()]
             for i in range(L):
                 met = [
                     x
-                    for x in instances(order[b, h].tolist(), bucket_starts[b, h].tolist(), rule, i)
+                    for x in (instances if key_order is None else cross_instances)(*places, rule, i)
                     if not pad[x.key]
                     and not (rule.causal and x.key > i)
                     and not (rule.exclude_self and x.key == i)
@@ -112,12 +149,12 @@ def attention(
                 count = Counter(x.key for x in met)
                 weights = []
                 for x in met:
-                    s = scale * sum(a * c for a, c in zip(rows[i], keys[x.key], strict=True))
+                    s = scale * sum(a * c for a, c in zip(rows[i], keys[x.key], strict=True)) + added[x.key]
                     weights.append(math.exp(s) / (count[x.key] if rule.correct_duplicates else 1))
                 total = sum(weights)
                 lse[b, h, i] = math.log(total)
                 for x, weight in zip(met, weights, strict=True):
-                    slot = x.round * 4 * math.ceil(L / 4) + x.rank
+                    slot = x.round * 4 * math.ceil(L_k / 4) + x.rank
                     words = philox_words(
                         (seed & MASK, seed >> 32 & MASK), (b * H + h, x.asking, x.query_rank, slot // 4)
                     )

@@ -79,9 +79,9 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "config": ({"config": {"n_hashes": 2}}, TypeError, "config must be an LSHConfig.*got dict"),
     "mask dtype": (
-        {"key_padding_mask": zeros(B, L)},
+        {"key_padding_mask": zeros(B, L, dtype=torch.long)},
         TypeError,
-        "key_padding_mask must be bool, True = padding",
+        "key_padding_mask must be bool, True = padding, or a float bias",
     ),
     "mask shape": (
         {"key_padding_mask": zeros(L, B, dtype=torch.bool)},

@@ -62,8 +62,10 @@ def check_qkv(
     *,
     names: tuple[str, str, str] = ("q", "v", "k"),
     k_required: bool = False,
+    own_key_length: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Checked against each other, and cast as autocast asks."""
+    """Checked against each other, and cast as autocast asks. `own_key_length`: k's and v's may not be q's."""
+    shared, shared_sizes = (2, "batch and heads") if own_key_length else (3, "batch, heads and length")
     check_rows(names[0], q)
     check_rows(names[1], v)
     others: list[tuple[str, Any]] = [(names[1], v)]
@@ -81,12 +83,21 @@ def check_qkv(
                 f"{names[0]} and {name} must be on one device, got {q.device} and {x.device}; "
                 f"move with {name}.to({names[0]}.device)"
             )
-        if x.shape[:3] != q.shape[:3]:
+        if x.shape[:shared] != q.shape[:shared]:
             raise ValueError(
-                f"{names[0]} and {name} must have the same batch, heads and length, "
+                f"{names[0]} and {name} must have the same {shared_sizes}, "
                 f"got shapes {tuple(q.shape)} and {tuple(x.shape)}"
             )
-    if k is not None and k.shape != q.shape:
+    if own_key_length and k is not None:
+        if k.shape[2] != v.shape[2]:
+            raise ValueError(
+                f"k and v must have one length, got shapes {tuple(k.shape)} and {tuple(v.shape)}"
+            )
+        if k.shape[3] != q.shape[3]:
+            raise ValueError(
+                f"q and k must have one head dimension, got shapes {tuple(q.shape)} and {tuple(k.shape)}"
+            )
+    elif k is not None and k.shape != q.shape:
         raise ValueError(f"q and k must have one shape, got {tuple(q.shape)} and {tuple(k.shape)}")
     q, v, k = _autocast.cast(q), _autocast.cast(v), None if k is None else _autocast.cast(k)
     for name, x in ((names[1], v), (names[2], k)):
@@ -98,14 +109,17 @@ def check_qkv(
 
 
 def check_padding(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """A mask of keys, bool or a float bias, for keys `x`."""
     if mask is None:
         return None
     check_tensor("key_padding_mask", mask)
-    if mask.dtype != torch.bool:
+    if mask.dtype != torch.bool and mask.dtype not in FLOAT_DTYPES:
         raise TypeError(
-            f"key_padding_mask must be bool, True = padding, got {mask.dtype}; "
-            "from a mask with 1 for tokens, pass mask == 0"
+            f"key_padding_mask must be bool, True = padding, or a float bias of the logits, -inf = padding, "
+            f"got {mask.dtype}; from a mask with 1 for tokens, pass mask == 0"
         )
+    if mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError("key_padding_mask carries no gradient, got one that requires it; pass mask.detach()")
     if mask.shape != (x.shape[0], x.shape[2]):
         raise ValueError(
             f"key_padding_mask must be (batch, length) = {(x.shape[0], x.shape[2])}, "
@@ -136,12 +150,12 @@ def check_rotations(rotations: Tensor, x: Tensor, *, width: int, rounds: int | N
         )
 
 
-def check_layout(layout: Layout, q: Tensor, config: LSHConfig) -> None:
+def check_layout(layout: Layout, q: Tensor, rounds: int) -> None:
     """Types and shapes; the values are checked where they are used."""
     if not isinstance(layout, Layout):
         raise TypeError(f"layout must be a Layout, as lsh_layout makes it, got {kind_of(layout)}")
     B, H, L, _ = q.shape
-    R = config.rounds(L)
+    R = rounds
     for name, x in (("order", layout.order), ("bucket_starts", layout.bucket_starts)):
         check_tensor(f"layout.{name}", x)
         if x.dtype != torch.int32:
@@ -158,6 +172,22 @@ def check_layout(layout: Layout, q: Tensor, config: LSHConfig) -> None:
         raise ValueError(
             f"layout.bucket_starts must be (batch, heads, rounds, S) = ({B}, {H}, {R}, S) with S >= 2, "
             f"got shape {tuple(starts.shape)}; make the layout with lsh_layout"
+        )
+
+
+def check_layout_pair(layout: tuple[Layout, Layout], q: Tensor, k: Tensor, rounds: int) -> None:
+    if not isinstance(layout, (tuple, list)) or len(layout) != 2:
+        raise TypeError(
+            "layout must be a pair of Layouts, the queries' and the keys', as lsh_cross_layout makes it, "
+            f"got {kind_of(layout)}"
+        )
+    check_layout(layout[0], q, rounds)
+    check_layout(layout[1], k, rounds)
+    sizes = [one.bucket_starts.shape[3] for one in layout]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the queries' and the keys' layout must have the same buckets, got bucket_starts of {sizes[0]} "
+            f"and {sizes[1]} entries; make them together with lsh_cross_layout"
         )
 
 

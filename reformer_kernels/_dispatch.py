@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._checks import refuse_forward_mode
-from .config import AttentionRule, LSHConfig, automatic_factors
+from .config import AttentionRule, LSHConfig, automatic_factors, cross_span, sees_all
 from .layout import Layout
 from .ops.attention import reference as attention_reference
 from .ops.hash import reference as hash_reference
@@ -19,16 +19,27 @@ from .ops.sort import reference as sort_reference
 Seed = int | Tensor | None
 
 
+LARGEST_KEY_BIAS = 2.0**120
+"""Finite biases of keys are cut to this, beyond any logit, so that none becomes infinite in other units."""
+
+
 def hash_rows(
-    x: Tensor, rotations: Tensor, factors: Sequence[int], span: int, padding: Tensor | None, backend: str
+    x: Tensor,
+    rotations: Tensor,
+    factors: Sequence[int],
+    span: int,
+    mask: Tensor | None,
+    backend: str,
+    length: int | None = None,
 ) -> Tensor:
-    """Without factors, they are automatic, from the length and `span`."""
+    """Without factors, they are automatic, from `span` and `length` (None: x's own)."""
     x, rotations = contiguous_rows(x.detach()), rotations.detach().to(x.device)
+    padding = mask if mask is None or mask.dtype == torch.bool else mask == float("-inf")
     if backend == "native":
         rotations = rotations.contiguous()
-        return torch.ops.reformer_kernels.native_lsh_hash(x, rotations, factors, span, padding)
+        return torch.ops.reformer_kernels.native_lsh_hash(x, rotations, factors, span, padding, length)
     if not factors:
-        factors = automatic_factors(int(x.shape[2]), span)
+        factors = automatic_factors(int(x.shape[2] if length is None else length), span)
     return hash_reference.lsh_hash(x, rotations, factors, padding)
 
 
@@ -43,24 +54,60 @@ def make_layout(
     config: LSHConfig,
     rotations: Tensor | None,
     seed: Seed,
-    padding: Tensor | None,
+    mask: Tensor | None,
     backend: str,
 ) -> Layout:
-    L = qk.shape[2]
-    if config.is_short(L):
+    if config.is_short(qk.shape[2]):
         return layout_by_position(qk)
     if rotations is None:
-        seed = resolve_seed(seed)
-        rotations = hash_rotations.sample_rotations(
-            seed, qk.shape[1], qk.shape[3], config.n_hashes, config.rotation_width
-        )
+        rotations = draw_rotations(config, qk, seed)
+    return _sorted_by_hash(qk, config, rotations, config.span, qk.shape[2], mask, backend)
+
+
+def make_cross_layout(
+    q: Tensor,
+    k: Tensor,
+    config: LSHConfig,
+    rotations: Tensor | None,
+    seed: Seed,
+    mask: Tensor | None,
+    backend: str,
+) -> tuple[Layout, Layout]:
+    L_k = k.shape[2]
+    if sees_all(config, L_k):
+        return layout_by_position(q), layout_by_position(k)
+    if rotations is None:
+        rotations = draw_rotations(config, k, seed)
+    span = cross_span(config)
+    return (
+        _sorted_by_hash(q, config, rotations, span, L_k, None, backend),
+        _sorted_by_hash(k, config, rotations, span, L_k, mask, backend),
+    )
+
+
+def draw_rotations(config: LSHConfig, x: Tensor, seed: Seed) -> Tensor:
+    return hash_rotations.sample_rotations(
+        resolve_seed(seed), x.shape[1], x.shape[3], config.n_hashes, config.rotation_width
+    )
+
+
+def _sorted_by_hash(
+    x: Tensor,
+    config: LSHConfig,
+    rotations: Tensor,
+    span: int,
+    length: int,
+    mask: Tensor | None,
+    backend: str,
+) -> Layout:
+    """`length`: of the keys, from which automatic factors come."""
     if config.bucket_factors is not None:
         n = math.prod(config.bucket_factors)
     else:
         # The automatic factors' product rounds down from this, which stays symbolic under torch.compile.
-        n = 2 * torch.sym_max(1, L // config.span)  # type: ignore[assignment]
+        n = 2 * torch.sym_max(1, length // span)  # type: ignore[assignment]
     factors = config.bucket_factors or ()
-    buckets = hash_rows(qk, rotations, factors, config.span, padding, backend)
+    buckets = hash_rows(x, rotations, factors, span, mask, backend, length)
     return Layout(*sort_buckets(buckets, n + 1, n + 2, backend))
 
 
@@ -76,27 +123,42 @@ def attend_layout(
     k: Tensor | None,
     v: Tensor,
     layout: Layout,
-    padding: Tensor | None,
+    mask: Tensor | None,
     rule: AttentionRule,
     scale: float,
     dropout_p: float,
     seed: Seed,
     backend: str,
+    key_layout: Layout | None = None,
 ) -> tuple[Tensor, Tensor]:
-    key_bias = None
-    if padding is not None:
-        zeros = torch.zeros(padding.shape, dtype=torch.float32, device=q.device)
-        key_bias = zeros.masked_fill(padding, float("-inf"))
+    """`key_layout`: of keys sorted apart from the queries, else the queries' layout is the keys' too."""
+    key_bias = None if mask is None else _key_bias(mask, q.dtype)
     dropout_p = float(dropout_p)
     drawn = resolve_seed(seed) if dropout_p > 0 else None
     q, v, k = contiguous_rows(q), contiguous_rows(v), None if k is None else contiguous_rows(k)
     order, starts = layout.order.contiguous(), layout.bucket_starts.contiguous()
+    keys = (
+        () if key_layout is None else (key_layout.order.contiguous(), key_layout.bucket_starts.contiguous())
+    )
     if backend == "native":
         refuse_forward_mode(q, k, v)
         return torch.ops.reformer_kernels.native_attention(
-            q, k, v, order, starts, key_bias, drawn, rule.pack(), scale, dropout_p
+            q, k, v, order, starts, key_bias, drawn, rule.pack(), scale, dropout_p, *keys
         )
-    return attention_reference.attention(q, k, v, order, starts, key_bias, drawn, rule, scale, dropout_p)
+    return attention_reference.attention(
+        q, k, v, order, starts, key_bias, drawn, rule, scale, dropout_p, *keys
+    )
+
+
+def _key_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Padding, or a bias, as what is added to the logits of q of `dtype`: (B, L), -inf at padding."""
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    if mask.dtype == torch.bool:
+        bias = torch.zeros(mask.shape, dtype=precision, device=mask.device)
+        return bias.masked_fill(mask, float("-inf"))
+    bias = mask.detach().to(torch.float64 if mask.dtype == torch.float64 else torch.float32)
+    bias = bias.clamp(-LARGEST_KEY_BIAS, LARGEST_KEY_BIAS).to(precision)
+    return bias.masked_fill(mask == float("-inf"), float("-inf"))
 
 
 def contiguous_rows(x: Tensor) -> Tensor:

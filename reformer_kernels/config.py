@@ -217,7 +217,9 @@ class AttentionRule:
     - window "chunks" (`bucket_window` False): lo = (c - chunks_before) * chunk_length,
       hi = (c + 1 + chunks_after) * chunk_length for the chunk c = i // chunk_length, in units that
       skip the missing part of a short last chunk;
-    - window "bucket": lo = i - window_before, hi = i + window_after + 1, within i's own bucket.
+    - window "bucket": lo = i - window_before, hi = i + window_after + 1, within i's own bucket;
+    - the same for keys sorted apart, whose ring it is: lo = c - window_before, hi = c + window_after for the
+      query's cursor c, see `functional.lsh_cross_attention`.
 
     `bucket_mask` cuts the range to i's bucket of round r. Without `ring` the range is cut to round r.
     Then, by original positions, `causal` drops keys after the query and `exclude_self` the query.
@@ -268,6 +270,41 @@ def resolve_rule(config: LSHConfig, length: int, *, shared_qk: bool = True) -> A
         correct_duplicates=config.correct_duplicates,
         ring=config.ring == "rounds" and not (short or by_bucket),
         key_norm=KEY_NORMS.index(config.key_norm),
+    )
+
+
+def sees_all(config: LSHConfig, key_length: int) -> bool:
+    """Whether keys sorted apart from the queries fit one window, so that they are neither hashed nor sorted.
+
+    Never for window "bucket", where appending tokens must not change the rule.
+    """
+    return config.window == "chunks" and key_length <= config.window_size
+
+
+def cross_span(config: LSHConfig) -> int:
+    """Keys sorted apart from the queries for which automatic factors make two buckets: 2 * w."""
+    return 2 * config.window_size
+
+
+def resolve_cross_rule(config: LSHConfig, key_length: int) -> AttentionRule:
+    """The pair rule of `config` for queries and keys that are sorted apart: windows around cursors.
+
+    As with `resolve_rule`, only whether the keys fit one window matters (`sees_all`).
+    """
+    every, w = sees_all(config, key_length), config.window_size
+    return AttentionRule(
+        bucket_window=True,
+        chunk_length=config.chunk_length,
+        chunks_before=0,
+        chunks_after=0,
+        window_before=w if every or config.causal else w // 2,
+        window_after=0 if config.causal else w if every else w - w // 2,
+        bucket_mask=config.window == "bucket" or not (every or config.attend_across_buckets),
+        causal=config.causal,
+        exclude_self=False,
+        correct_duplicates=config.correct_duplicates,
+        ring=False,
+        key_norm=KEY_NORMS.index("none"),
     )
 
 

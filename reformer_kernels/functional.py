@@ -50,6 +50,7 @@ from .config import (
     resolve_rule,
     resolve_scale,
 )
+from .cross_attention import lsh_cross_attention, lsh_cross_layout
 from .layout import Layout
 from .ops.hash import rotations as hash_rotations
 
@@ -60,6 +61,8 @@ __all__ = [
     "linear_cross_entropy",
     "local_attention",
     "lsh_attention",
+    "lsh_cross_attention",
+    "lsh_cross_layout",
     "lsh_hash",
     "lsh_layout",
     "sample_rotations",
@@ -101,8 +104,8 @@ def lsh_hash(
     in float32 or better. Source: section 2 of the paper; factors as in trax.
 
     x (B, H, L, D); rotations (H or 1, D, R, sum(f) // 2) float32 (or float64 with float64 x), more columns
-    are not read; bucket_factors even integers, one or several; key_padding_mask (B, L) bool, True = padding.
-    -> (B, H, R, L) int32.
+    are not read; bucket_factors even integers, one or several; key_padding_mask (B, L) bool, True = padding,
+    or float, -inf = padding. -> (B, H, R, L) int32.
     """
     factors = check_factors(bucket_factors)
     x = _autocast.cast(check_rows("x", x))
@@ -145,7 +148,7 @@ def lsh_layout(
     position. Then neither rotations nor seed is read.
 
     qk (B, H, L, D); rotations (H or 1, D, n_hashes, config.rotation_width) float32, else drawn from `seed`;
-    key_padding_mask (B, L) bool, True = padding. -> `Layout`.
+    key_padding_mask (B, L) bool, True = padding, or float, -inf = padding. -> `Layout`.
     """
     check_config(config)
     qk = _autocast.cast(check_rows("qk", qk))
@@ -223,7 +226,8 @@ def attend(
     q (B, H, L, D); v (B, H, L, Dv); layout as `lsh_layout` made it for these shapes; k (B, H, L, D), or None
     for shared query-keys, k = q normalised by config.key_norm. Shared query-keys never see their own
     position (unless they see nothing else); with k given they may.
-    key_padding_mask (B, L) bool, True = padding: not seen as key, read as zeros.
+    key_padding_mask (B, L) bool, True = padding: not seen as key, read as zeros. Or float: added to the
+    logits of its keys, -inf = padding; it carries no gradient.
     dropout_p in [0, 1): the probabilities' dropout, the same for the same seed in every back end.
 
     -> out (B, H, L, Dv) in the inputs' dtype; with `return_lse` also lse (B, H, L) float32 (float64 for
@@ -233,7 +237,7 @@ def attend(
     check_config(config)
     q, v, k = check_qkv(q, v, k)
     padding = check_padding(key_padding_mask, q)
-    check_layout(layout, q, config)
+    check_layout(layout, q, config.rounds(q.shape[2]))
     check_dropout(dropout_p)
     check_flag("return_lse", return_lse)
     rule = resolve_rule(config, q.shape[2], shared_qk=k is None)
@@ -319,7 +323,7 @@ def lsh_attention(
             raise ValueError("give rotations or a layout, got both; a layout is already hashed and sorted")
         check_rotations(rotations, qk, width=config.rotation_width, rounds=config.n_hashes)
     if layout is not None:
-        check_layout(layout, qk, config)
+        check_layout(layout, qk, config.rounds(qk.shape[2]))
     backend = resolve_backend(backend, qk.device, qk.dtype)
     if dropout_p > 0 or (layout is None and rotations is None and not config.is_short(qk.shape[2])):
         seed = _dispatch.resolve_seed(seed)

@@ -35,6 +35,8 @@ def attention(
     rule: AttentionRule,
     scale: float,
     dropout_p: float,
+    key_order: Tensor | None = None,
+    key_bucket_starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out_i = sum_j p_ij v_j and lse_i, with p = softmax over the instances j that `rule` lets i see.
 
@@ -44,37 +46,54 @@ def attention(
     q (B, H, L, D), k the same or None (q normalised by `rule.key_norm`), v (B, H, L, Dv), order (B, H, R, L)
     and bucket_starts (B, H, R, S) as in `Layout`, key_bias (B, L) or None with -inf at padding, seed an int64
     tensor of one element (None without dropout).
+    Keys sorted apart from the queries: key_order (B, H, R, L_k), key_bucket_starts (B, H, R, S); then
+    k (B, H, L_k, D) is given, v is (B, H, L_k, Dv), key_bias (B, L_k) is no query's, and a query's range lies
+    around its cursor, see `_cursors`. Such a rule has a bucket window, no ring and no self mask.
     -> out (B, H, L, Dv) in q's dtype, lse (B, H, L) float32, float64 for float64 q.
 
-    Padding rows of q, k and v are read as zeros. A query that sees nothing: with `rule.exclude_self` and
-    not padding, out = v_i and lse = -1e5, else out = 0 and lse = -inf; no gradient flows through that lse.
+    Padding rows are read as zeros, those of q where keys are not sorted apart. A query that sees nothing:
+    with `rule.exclude_self` and not padding, out = v_i and lse = -1e5, else out = 0 and lse = -inf; no
+    gradient flows through that lse.
 
     Computes in float32 (float64 for float64 q). Memory is bounded by working over blocks of queries,
-    recomputed in backward. Raises ValueError where an order is not a permutation of 0..L-1 or bucket
-    starts do not rise from 0 to L.
+    recomputed in backward. Raises ValueError where an order is not a permutation of 0..L-1, bucket
+    starts do not rise from 0 to L, or separate orders are not sorted by position within their buckets.
     """
-    _check_layout(order, bucket_starts)
     B, H, L, D = q.shape
-    R, dtype = order.shape[2], q.dtype
+    L_k, R, dtype = v.shape[2], order.shape[2], q.dtype
+    separate = key_order is not None
+    _check_layout("layout", order, bucket_starts, sorted_buckets=separate)
+    if key_order is None or key_bucket_starts is None:
+        key_order, key_bucket_starts = order, bucket_starts
+    else:
+        if k is None or not rule.bucket_window or rule.ring or rule.exclude_self:
+            raise ValueError(
+                "separate orders need k, and a rule with bucket_window, no ring, no exclude_self"
+            )
+        _check_layout("key layout", key_order, key_bucket_starts, sorted_buckets=True)
     precision = torch.float64 if dtype == torch.float64 else torch.float32
     with _autocast.suspended(q.device.type):
         padding = None if key_bias is None else key_bias == float("-inf")
-        q, v = _load(q, padding, precision), _load(v, padding, precision)
+        q, v = _load(q, None if separate else padding, precision), _load(v, padding, precision)
         k = _load(k, padding, precision) if k is not None else normalise_keys(q, rule.key_norm)
         bias = None if key_bias is None else key_bias.to(precision)
 
-        ring = order.long().flatten(2)  # [B, H, R*L]: ring position -> original position
-        ring_bucket = _bucket_of_rank(bucket_starts, L).flatten(2)  # ids unlike those of other rounds
         rank = order.long().argsort(dim=-1)  # [B, H, R, L]: original position -> rank
+        bucket = _bucket_of_rank(bucket_starts, L).gather(-1, rank)  # [B, H, R, L], by position
+        key_bucket = _bucket_of_rank(key_bucket_starts, L_k)  # [B, H, R, L_k], by rank
+        cursor = _cursors(bucket, key_order.long(), key_bucket, rule.causal) if separate else None
+        ring = key_order.long().flatten(2)  # [B, H, R*L_k]: ring position -> original position
+        ring_bucket = key_bucket.flatten(2)
 
-        per_query = R * _widest_range(rule, L) * (D + v.shape[-1] + (40 if dropout_p > 0 else 8))
-        per_query += L if rule.correct_duplicates else 0
+        per_query = R * _widest_range(rule, L_k) * (D + v.shape[-1] + (40 if dropout_p > 0 else 8))
+        per_query += L_k if rule.correct_duplicates else 0
         size = max(1, BLOCK_ELEMENTS // max(1, B * H * per_query))
         recompute = torch.is_grad_enabled() and size < L and not torch.compiler.is_compiling()
         outs, lses = [], []
         for first in range(0, L, size):
             queries = torch.arange(first, min(first + size, L), device=q.device)
-            args = (q, k, v, queries, ring, ring_bucket, rank, bias, seed, rule, scale, dropout_p)
+            places = (ring, ring_bucket, rank, bucket, cursor)
+            args = (q, k, v, queries, places, bias, seed, rule, scale, dropout_p)
             if recompute:
                 out, lse = checkpoint(_attend_block, *args, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -100,9 +119,7 @@ def _attend_block(
     k: Tensor,
     v: Tensor,
     queries: Tensor,
-    ring: Tensor,
-    ring_bucket: Tensor,
-    rank: Tensor,
+    places: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
     bias: Tensor | None,
     seed: Tensor | None,
     rule: AttentionRule,
@@ -110,19 +127,24 @@ def _attend_block(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """`attention` of the n queries at positions `queries`. R*W instances a query, in slots."""
-    B, H, R, L = rank.shape
-    n = queries.shape[0]
+    ring, ring_bucket, rank, bucket, cursor = places
+    B, H, R, _ = rank.shape
+    n, L_k = queries.shape[0], v.shape[2]
     i = queries[None, None, :, None]  # [1, 1, n, 1]
 
     # Each query's range on the ring in each round, as slots.
     query_rank = rank[..., queries].transpose(2, 3)  # [B, H, n, R]
     round_ = torch.arange(R, device=q.device)
-    low, high = _range(rule, round_, query_rank, L)
-    place = low[..., None] + torch.arange(_widest_range(rule, L), device=q.device)  # [B, H, n, R, W]
+    if cursor is None:  # around the query itself, or else between two keys
+        low, high = _range(rule, round_, query_rank, query_rank + 1, L_k)
+    else:
+        at = cursor[..., queries].transpose(2, 3)
+        low, high = _range(rule, round_, at, at, L_k)
+    place = low[..., None] + torch.arange(_widest_range(rule, L_k), device=q.device)  # [B, H, n, R, W]
     visible = place < high[..., None]
-    place = place % (R * L)  # now a ring position
+    place = place % (R * L_k)  # now a ring position
     if rule.bucket_mask:
-        own = _look_up(ring_bucket, round_ * L + query_rank)
+        own = bucket[..., queries].transpose(2, 3)
         visible = visible & (_look_up(ring_bucket, place) == own[..., None])
 
     # The pair rules, by original position.
@@ -133,7 +155,7 @@ def _attend_block(
     if rule.exclude_self:
         visible = visible & (j != i)
     if bias is not None:
-        key_bias = _look_up(bias[:, None].expand(B, H, L), j)
+        key_bias = _look_up(bias[:, None].expand(B, H, L_k), j)
         visible = visible & (key_bias != float("-inf"))
 
     keys, values = _look_up_rows(k, j, visible), _look_up_rows(v, j, visible)
@@ -141,7 +163,7 @@ def _attend_block(
     if bias is not None:
         logits = logits + key_bias.masked_fill(~visible, 0)
     if rule.correct_duplicates:
-        met = torch.zeros((B, H, n, L), dtype=torch.int64, device=q.device)
+        met = torch.zeros((B, H, n, L_k), dtype=torch.int64, device=q.device)
         met = met.scatter_add(-1, j, visible.long()).gather(-1, j)
         logits = logits - met.clamp_min(1).to(logits.dtype).log()
 
@@ -153,28 +175,45 @@ def _attend_block(
     if dropout_p > 0:
         assert seed is not None
         head = torch.arange(B * H, device=q.device).view(B, H, 1, 1)
-        asking = round_[:, None].expand(R, _widest_range(rule, L)).flatten()
-        slot = (place // L) * (4 * -(-L // 4)) + place % L
-        asking_rank = query_rank.repeat_interleave(_widest_range(rule, L), dim=-1)
+        asking = round_[:, None].expand(R, _widest_range(rule, L_k)).flatten()
+        slot = (place // L_k) * (4 * -(-L_k // 4)) + place % L_k
+        asking_rank = query_rank.repeat_interleave(_widest_range(rule, L_k), dim=-1)
         kept = philox.keep(seed.to(q.device), head, asking, asking_rank, slot, dropout_p)
         weights = weights * kept / (1 - dropout_p)
     out = torch.einsum("bhnw,bhnwd->bhnd", weights, values)  # [B, H, n, Dv]
 
-    alone = empty & rule.exclude_self
-    if bias is not None:
-        alone = alone & (bias[:, None, queries] != float("-inf"))
-    out = torch.where(alone[..., None], v[:, :, queries], out)
-    lse = lse.masked_fill(empty, float("-inf")).masked_fill(alone, EMPTY_LSE)
+    lse = lse.masked_fill(empty, float("-inf"))
+    if rule.exclude_self:
+        alone = empty
+        if bias is not None:
+            alone = alone & (bias[:, None, queries] != float("-inf"))
+        out = torch.where(alone[..., None], v[:, :, queries], out)
+        lse = lse.masked_fill(alone, EMPTY_LSE)
     return out, lse
 
 
-def _range(rule: AttentionRule, round_: Tensor, rank: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Ring positions [low, high) that a query at `rank` of `round_` sees before the bucket mask.
+def _cursors(bucket: Tensor, key_order: Tensor, key_bucket: Tensor, causal: bool) -> Tensor:
+    """(B, H, R, L): how many sorted keys come no later than (the query's bucket, its place among the keys).
+
+    That place is the query's position if causal, as its keys' positions are then counted like its own; else
+    the same fraction of the keys' length, floor(i * L_k / L).
+    bucket (B, H, R, L) by position; key_order and key_bucket (B, H, R, L_k) by rank.
+    """
+    L, L_k = bucket.shape[-1], key_order.shape[-1]
+    i = torch.arange(L, device=bucket.device)
+    place, span = i if causal else i * L_k // L, max(L, L_k)
+    return torch.searchsorted(key_bucket * span + key_order, bucket * span + place, right=True)
+
+
+def _range(
+    rule: AttentionRule, round_: Tensor, rank: Tensor, end: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    """Ring positions [low, high) that a query at ranks [rank, end) of `round_` sees before the bucket mask.
 
     Without a ring they are cut to the round; with one, low may be negative and high past the end.
     """
     if rule.bucket_window:
-        low, high = rank - rule.window_before, rank + rule.window_after + 1
+        low, high = rank - rule.window_before, end + rule.window_after
         low, high = round_ * length + low, round_ * length + high
     else:
         chunks = -(-length // rule.chunk_length)
@@ -232,15 +271,17 @@ def _load(x: Tensor, padding: Tensor | None, precision: torch.dtype) -> Tensor:
     return x if padding is None else x.masked_fill(padding[:, None, :, None], 0)
 
 
-def _check_layout(order: Tensor, bucket_starts: Tensor) -> None:
+def _check_layout(name: str, order: Tensor, bucket_starts: Tensor, *, sorted_buckets: bool) -> None:
     """Values are read only where that costs no device synchronisation and there are values to read."""
     if order.device.type != "cpu" or torch.compiler.is_compiling() or type(order) is not Tensor:
         return
     L = order.shape[-1]
     if not torch.equal(order.sort(dim=-1).values, torch.arange(L, dtype=order.dtype).expand(order.shape)):
         raise ValueError(
-            f"layout.order must hold a permutation of 0..{L - 1} for every batch, head and round"
+            f"{name}.order must hold a permutation of 0..{L - 1} for every batch, head and round"
         )
     rising = bool((bucket_starts.diff(dim=-1) >= 0).all())
     if not (rising and bool((bucket_starts[..., 0] == 0).all() and (bucket_starts[..., -1] == L).all())):
-        raise ValueError(f"layout.bucket_starts must rise from 0 to {L} for every batch, head and round")
+        raise ValueError(f"{name}.bucket_starts must rise from 0 to {L} for every batch, head and round")
+    if sorted_buckets and bool((_bucket_of_rank(bucket_starts, L) * L + order).diff(dim=-1).le(0).any()):
+        raise ValueError(f"{name}.order must be sorted by position within every bucket")

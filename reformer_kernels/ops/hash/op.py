@@ -13,7 +13,8 @@ from reformer_kernels.config import automatic_factors
 
 _library = torch.library.Library("reformer_kernels", "FRAGMENT")
 _library.define(
-    "native_lsh_hash(Tensor x, Tensor rotations, int[] factors, int span, Tensor? padding) -> Tensor",
+    "native_lsh_hash(Tensor x, Tensor rotations, int[] factors, int span, Tensor? padding, "
+    "SymInt? length=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -40,9 +41,17 @@ def _check(x: Tensor, rotations: Tensor, factors: Sequence[int], span: int, padd
         raise ValueError(f"padding must be (B, L), got shape {tuple(padding.shape)}")
 
 
-def _cpu(x: Tensor, rotations: Tensor, factors: Sequence[int], span: int, padding: Tensor | None) -> Tensor:
+def _cpu(
+    x: Tensor,
+    rotations: Tensor,
+    factors: Sequence[int],
+    span: int,
+    padding: Tensor | None,
+    length: int | None = None,
+) -> Tensor:
+    """Without factors, they are automatic: from `span` and `length`, by default that of x."""
     if not factors and span >= 1 and x.dim() == 4:
-        factors = automatic_factors(x.size(2), span)
+        factors = automatic_factors(x.size(2) if length is None else length, span)
     _check(x, rotations, factors, span, padding)
     native = _native.extension()
     if x.size(3) > 1 and x.stride(3) != 1:
@@ -79,7 +88,14 @@ def _cpu(x: Tensor, rotations: Tensor, factors: Sequence[int], span: int, paddin
     return buckets
 
 
-def _fake(x: Tensor, rotations: Tensor, factors: Sequence[int], span: int, padding: Tensor | None) -> Tensor:
+def _fake(
+    x: Tensor,
+    rotations: Tensor,
+    factors: Sequence[int],
+    span: int,
+    padding: Tensor | None,
+    length: int | None = None,
+) -> Tensor:
     _check(x, rotations, factors, span, padding)
     return x.new_empty((x.size(0), x.size(1), rotations.size(2), x.size(2)), dtype=torch.int32)
 
