@@ -3,12 +3,28 @@
 from . import functional
 from .config import LSHConfig
 from .layout import Layout
-from .modules import ChunkedFeedForward, ReversibleBlock, ReversibleSequence
+from .modules import (
+    AxialPositionalEmbedding,
+    ChunkedFeedForward,
+    LocalSelfAttention,
+    LSHSelfAttention,
+    Reformer,
+    ReformerConfig,
+    ReformerLM,
+    ReversibleBlock,
+    ReversibleSequence,
+)
 
 __all__ = [
+    "AxialPositionalEmbedding",
     "ChunkedFeedForward",
     "LSHConfig",
+    "LSHSelfAttention",
     "Layout",
+    "LocalSelfAttention",
+    "Reformer",
+    "ReformerConfig",
+    "ReformerLM",
     "ReversibleBlock",
     "ReversibleSequence",
     "functional",

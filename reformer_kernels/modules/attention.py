@@ -1,6 +1,6 @@
-"""The Reformer's two kinds of self-attention layer: LSH attention and local attention.
+"""The Reformer's self-attention layers: LSH attention, local attention, and full attention beside them.
 
-Both map hidden states (B, L, E) to (B, L, E). The heads are views of the projections' outputs, so the
+All map hidden states (B, L, E) to (B, L, E). The heads are views of the projections' outputs, so the
 kernels read them where the matrix products wrote them.
 """
 
@@ -17,6 +17,7 @@ from reformer_kernels import functional
 from reformer_kernels.config import LSHConfig
 from reformer_kernels.layout import Layout
 from reformer_kernels.modules._replay import is_keeping, remember
+from reformer_kernels.modules.positions import RotaryPositions
 
 MAX_HEAD_DIM = 256
 SEED_BOUND = 2**63 - 1
@@ -70,10 +71,14 @@ class _SelfAttention(nn.Module):
         head_dim: int | None,
         value_dim: int | None,
         dropout: float,
+        rotary: RotaryPositions | None,
         backend: str,
     ) -> None:
         super().__init__()
         self.head_dim, self.value_dim = _head_sizes(embed_dim, num_heads, head_dim, value_dim)
+        if rotary is not None and rotary.head_dim != self.head_dim:
+            raise ValueError(f"rotary must be for head_dim {self.head_dim}, got {rotary.head_dim}")
+        self.rotary = rotary
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.dropout = _checked_dropout(dropout)
@@ -94,6 +99,9 @@ class _SelfAttention(nn.Module):
     def _merge_heads(self, out: Tensor) -> Tensor:
         """(B, H, L, D_v) to (B, L, H * D_v)."""
         return out.transpose(1, 2).flatten(2)
+
+    def _rotate(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        return x if self.rotary is None else self.rotary(x, positions)
 
     def _dropout_p(self) -> float:
         return self.dropout if self.training else 0.0
@@ -128,6 +136,7 @@ class LSHSelfAttention(_SelfAttention):
         bias: whether the query-key and value projections have a bias; the Reformer's have none.
         out_bias: whether the output projection has one.
         dropout: probability of dropping an attention weight in training.
+        rotary: rotates query-keys by position, before or after they are hashed; None: no.
         seed: of the rotations in evaluation mode.
         backend: "auto", "reference", "native" or "triton".
 
@@ -151,6 +160,7 @@ class LSHSelfAttention(_SelfAttention):
         bias: bool = False,
         out_bias: bool = False,
         dropout: float = 0.0,
+        rotary: RotaryPositions | None = None,
         seed: int = 0,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -158,7 +168,7 @@ class LSHSelfAttention(_SelfAttention):
     ) -> None:
         if not isinstance(config, LSHConfig):
             raise TypeError(f"config must be an LSHConfig, got {type(config).__name__}")
-        super().__init__(embed_dim, num_heads, head_dim, value_dim, dropout, backend)
+        super().__init__(embed_dim, num_heads, head_dim, value_dim, dropout, rotary, backend)
         self.config = config
         self.seed = seed
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -175,6 +185,8 @@ class LSHSelfAttention(_SelfAttention):
         seed: int | Tensor | None = None,
         rotations: Tensor | None = None,
         layout: Layout | None = None,
+        positions: Tensor | None = None,
+        bucket_length: int | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -183,8 +195,11 @@ class LSHSelfAttention(_SelfAttention):
             key_padding_mask: (B, L) bool, True = padding, as in `nn.MultiheadAttention`.
             n_hashes: rounds of this call, in place of the configuration's.
             seed: of this call's rotations and dropout, in place of the mode's: an int or an int64 tensor.
-            rotations: (H or 1, D, n_hashes, sum(bucket_factors) // 2) float32, in place of drawing them.
+            rotations: (H or 1, D, n_hashes, config.rotation_width) float32, in place of drawing them.
             layout: the order to attend in, in place of hashing.
+            positions: (L,) or (B, L), for `rotary`; None: 0..L-1.
+            bucket_length: automatic bucket factors are those of so many tokens; None: of L. With a fixed one,
+                window="bucket" and causal, tokens appended later change no earlier output.
 
         Returns:
             (B, L, E), in x's dtype (autocast's, under autocast).
@@ -195,12 +210,17 @@ class LSHSelfAttention(_SelfAttention):
             config = dataclasses.replace(config, n_hashes=_positive("n_hashes", n_hashes))
         if seed is None:
             seed = _fresh_seed() if self.training else self.seed
-        qk = self._split_heads(self.query_key(x), self.head_dim)
+        hashed = qk = self._split_heads(self.query_key(x), self.head_dim)
         v = self._split_heads(self.value(x), self.value_dim)
-        if layout is None and is_keeping():
+        if self.rotary is not None:
+            qk = self._rotate(qk, positions)
+            hashed = qk if self.rotary.hashing == "before" else hashed
+        if bucket_length is not None and layout is None:
+            config, rotations = self._fixed_buckets(config, rotations, seed, bucket_length)
+        if layout is None and (is_keeping() or hashed is not qk):
             choose = functools.partial(
                 functional.lsh_layout,
-                qk.detach(),
+                hashed.detach(),
                 config,
                 rotations=rotations,
                 seed=seed,
@@ -221,6 +241,15 @@ class LSHSelfAttention(_SelfAttention):
         )
         return self.output(self._merge_heads(out))
 
+    def _fixed_buckets(
+        self, config: LSHConfig, rotations: Tensor | None, seed: int | Tensor, bucket_length: int
+    ) -> tuple[LSHConfig, Tensor]:
+        """The configuration with the buckets of `bucket_length` tokens, and its rotations."""
+        if rotations is None:
+            rotations = functional.sample_rotations(config, self.num_heads, self.head_dim, seed)
+        factors = config.factors(_positive("bucket_length", bucket_length))
+        return dataclasses.replace(config, bucket_factors=factors), rotations
+
     def extra_repr(self) -> str:
         return f"{self._sizes_repr()}, seed={self.seed}, config={self.config}"
 
@@ -240,7 +269,7 @@ class LocalSelfAttention(_SelfAttention):
         causal: whether a query sees only positions up to its own.
         wrap: whether the first chunk's neighbour before is the last chunk (Hugging Face's rule).
         scale: of the logits, by default D ** -0.5.
-        head_dim, value_dim, bias, out_bias, dropout, backend: as in `LSHSelfAttention`.
+        head_dim, value_dim, bias, out_bias, dropout, rotary, backend: as in `LSHSelfAttention`.
 
     Raises:
         ValueError: sizes or dropout out of range.
@@ -265,11 +294,12 @@ class LocalSelfAttention(_SelfAttention):
         bias: bool = False,
         out_bias: bool = False,
         dropout: float = 0.0,
+        rotary: RotaryPositions | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(embed_dim, num_heads, head_dim, value_dim, dropout, backend)
+        super().__init__(embed_dim, num_heads, head_dim, value_dim, dropout, rotary, backend)
         self.chunk_length = _positive("chunk_length", chunk_length)
         for name, value in (("chunks_before", chunks_before), ("chunks_after", chunks_after)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -286,7 +316,12 @@ class LocalSelfAttention(_SelfAttention):
         self.output = nn.Linear(num_heads * self.value_dim, embed_dim, bias=out_bias, **factory)
 
     def forward(
-        self, x: Tensor, key_padding_mask: Tensor | None = None, *, seed: int | Tensor | None = None
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None = None,
+        *,
+        seed: int | Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -294,6 +329,7 @@ class LocalSelfAttention(_SelfAttention):
             x: hidden states (B, L, E).
             key_padding_mask: (B, L) bool, True = padding, as in `nn.MultiheadAttention`.
             seed: of this call's dropout; drawn from torch's global generator where not given.
+            positions: (L,) or (B, L), for `rotary`; None: 0..L-1.
 
         Returns:
             (B, L, E), in x's dtype (autocast's, under autocast).
@@ -303,10 +339,10 @@ class LocalSelfAttention(_SelfAttention):
         if seed is None and dropout_p > 0.0:
             seed = _fresh_seed()
         out = functional.local_attention(
-            self._split_heads(self.query(x), self.head_dim),
-            self._split_heads(self.key(x), self.head_dim),
+            self._rotate(self._split_heads(self.query(x), self.head_dim), positions),
+            self._rotate(self._split_heads(self.key(x), self.head_dim), positions),
             self._split_heads(self.value(x), self.value_dim),
-            chunk_length=self.chunk_length,
+            chunk_length=self._chunk(x.shape[1]),
             chunks_before=self.chunks_before,
             chunks_after=self.chunks_after,
             causal=self.causal,
@@ -318,6 +354,10 @@ class LocalSelfAttention(_SelfAttention):
             backend=self.backend,
         )
         return self.output(self._merge_heads(out))
+
+    def _chunk(self, length: int) -> int:
+        """Positions in a chunk, for a sequence of `length`."""
+        return self.chunk_length
 
     def extra_repr(self) -> str:
         parts = [
@@ -331,3 +371,25 @@ class LocalSelfAttention(_SelfAttention):
         if self.scale is not None:
             parts.append(f"scale={self.scale}")
         return ", ".join(parts)
+
+
+class FullSelfAttention(LocalSelfAttention):
+    """Ordinary self-attention, O(L^2) in time and O(L) in memory: a local layer with one chunk.
+
+    A query that sees no key, all of them being padding, gets zeros. Parameters as in `LocalSelfAttention`.
+
+    >>> FullSelfAttention(64, 4, causal=True)(torch.zeros(1, 50, 64)).shape
+    torch.Size([1, 50, 64])
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, *, causal: bool = False, **options: Any) -> None:
+        for name in ("chunk_length", "chunks_before", "chunks_after", "wrap"):
+            if name in options:
+                raise TypeError(f"FullSelfAttention has no chunks, got {name}; use LocalSelfAttention")
+        super().__init__(embed_dim, num_heads, causal=causal, chunks_before=0, **options)
+
+    def _chunk(self, length: int) -> int:
+        return length
+
+    def extra_repr(self) -> str:
+        return f"{self._sizes_repr()}, causal={self.causal}"

@@ -1,0 +1,404 @@
+"""The Reformer: stacks of reversible layers with LSH, local or full attention, and models made of them.
+
+Source: Kitaev, Kaiser, Levskaya, "Reformer: The Efficient Transformer" (arXiv 2001.04451).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reformer_kernels import functional
+from reformer_kernels.modules.attention import FullSelfAttention, LocalSelfAttention, LSHSelfAttention
+from reformer_kernels.modules.feed_forward import ChunkedFeedForward
+from reformer_kernels.modules.positions import (
+    AxialPositionalEmbedding,
+    LearnedPositionalEmbedding,
+    RotaryPositions,
+    SinusoidalPositionalEmbedding,
+)
+from reformer_kernels.modules.reformer_config import LayerKind, ReformerConfig
+from reformer_kernels.modules.reversible import ReversibleBlock, ReversibleSequence
+
+IGNORED = -100
+"""The label of tokens that count for no loss, as in torch."""
+
+
+class TokenEmbedding(nn.Module):
+    """The sum of a row each for a token and for the `context` - 1 tokens before it; then positions are added.
+
+    Before the first token stands nothing. `tokens` is one table of context * V rows: that of the token itself
+    first, then that of the one before, and so on.
+    """
+
+    def __init__(self, config: ReformerConfig) -> None:
+        super().__init__()
+        self.vocab_size = config.vocab_size
+        self.context = config.token_context
+        self.dropout = config.dropout
+        self.tokens = nn.Embedding(config.token_context * config.vocab_size, config.d_model)
+        self.positions = _position_table(config)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        before: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """tokens (B, L) int64, or their embeddings (B, L, d) -> (B, L, d).
+
+        before: (B, context - 1) tokens that stand before the first, -1 for none.
+        padding: (B, L) bool; padding counts as nothing before the tokens after it.
+        """
+        if tokens.is_floating_point():
+            x = tokens
+        elif self.context == 1:
+            x = self.tokens(tokens)
+        else:
+            x = self._with_context(tokens, before, padding)
+        x = F.dropout(x, self.dropout, self.training)
+        if self.positions is None:
+            return x
+        table = self.positions(tokens.shape[1] if positions is None else positions)
+        return x + F.dropout(table.to(device=x.device, dtype=x.dtype), self.dropout, self.training)
+
+    def _with_context(self, tokens: Tensor, before: Tensor | None, padding: Tensor | None) -> Tensor:
+        L, back = tokens.shape[1], self.context - 1
+        if padding is not None:
+            tokens = tokens.masked_fill(padding, -1)
+        if before is None:
+            before = tokens.new_full((tokens.shape[0], back), -1)
+        row = torch.cat([before, tokens], dim=1)
+        x = self.tokens(tokens.clamp_min(0))
+        for n in range(1, self.context):
+            earlier = row[:, back - n : back - n + L]
+            part = self.tokens(earlier.clamp_min(0) + n * self.vocab_size)
+            x = x + part.masked_fill((earlier < 0).unsqueeze(-1), 0)
+        return x
+
+
+class AttentionPart(nn.Module):
+    """f of a reversible layer: self-attention, then attention to a memory if there is one, with dropout.
+
+    The number of the layer picks its rotations out of those of a call.
+    """
+
+    def __init__(self, config: ReformerConfig, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.attention = make_attention(config, config.layers[number], number)
+        self.dropout = config.dropout
+
+    def forward(
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        *,
+        n_hashes: int | None = None,
+        bucket_length: int | None = None,
+        rotations: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        options: dict[str, Any] = {"positions": positions}
+        if isinstance(self.attention, LSHSelfAttention):
+            options |= {"n_hashes": n_hashes, "bucket_length": bucket_length}
+            options["rotations"] = None if rotations is None else rotations[self.number]
+        return F.dropout(self.attention(x, key_padding_mask, **options), self.dropout, self.training)
+
+
+class FeedForwardPart(nn.Module):
+    """g of a reversible layer: the chunked feed-forward layer, with dropout."""
+
+    def __init__(self, config: ReformerConfig) -> None:
+        super().__init__()
+        self.feed_forward = ChunkedFeedForward(
+            config.d_model,
+            4 * config.d_model if config.d_ff is None else config.d_ff,
+            activation=config.activation,
+            dropout=config.dropout,
+            chunk_size=config.ff_chunk_size,
+        )
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.feed_forward(x), self.dropout, self.training)
+
+
+class Reformer(nn.Module):
+    """Tokens to hidden states: embedding, reversible layers, normalisation.
+
+    Both residual streams start as the embedding; layer n computes y1 = x1 + attention(norm(x2)),
+    y2 = x2 + feed_forward(norm(y1)); the result is norm(the two streams, side by side or their mean). An
+    encoder, or with `config.causal` a decoder.
+
+    Args:
+        config: sizes and choices, see `ReformerConfig`.
+
+    Raises:
+        TypeError: config is not a ReformerConfig.
+
+    >>> model = Reformer(ReformerConfig(vocab_size=100, d_model=32, layers=("local", "lsh"), n_heads=2))
+    >>> model(torch.zeros(1, 77, dtype=torch.int64)).shape
+    torch.Size([1, 77, 64])
+    """
+
+    def __init__(self, config: ReformerConfig) -> None:
+        super().__init__()
+        if not isinstance(config, ReformerConfig):
+            raise TypeError(f"config must be a ReformerConfig, got {type(config).__name__}")
+        self.config = config
+        self.embedding = TokenEmbedding(config)
+        blocks = [
+            ReversibleBlock(
+                AttentionPart(config, number),
+                FeedForwardPart(config),
+                norm_f=_norm(config, config.d_model),
+                norm_g=_norm(config, config.d_model),
+            )
+            for number in range(len(config.layers))
+        ]
+        self.layers = ReversibleSequence(
+            blocks,
+            residual="exact" if config.residual == "exact" else "float",
+            keep_layouts=config.keep_layouts,
+            backend="auto" if config.backend == "triton" else config.backend,
+        )
+        self.norm = _norm(config, config.d_out)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights from a normal distribution, biases 0, from torch's global generator."""
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.init_std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, AxialPositionalEmbedding | LearnedPositionalEmbedding):
+            for weight in module.parameters():
+                nn.init.normal_(weight, std=self.config.init_std)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        n_hashes: int | None = None,
+        bucket_length: int | None = None,
+        rotations: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """Compute hidden states.
+
+        Args:
+            tokens: (B, L) int64, any L >= 1 (up to `max_length` with axial or learned positions); or
+                embeddings (B, L, d) in their place, to which positions are added.
+            key_padding_mask: (B, L) bool, True = padding, left or right, as in `nn.MultiheadAttention`.
+            position_ids: (L,) or (B, L); None: each row counts its tokens from 0, padding left out.
+            n_hashes: LSH layers' rounds in this call, in training too; None: the configuration's.
+            bucket_length: automatic bucket factors are those of so many tokens; None: of L.
+            rotations: a layer's or None, one for each layer, in place of drawing them; see
+                `LSHSelfAttention`.
+
+        Returns:
+            (B, L, config.d_out). In training, rotations and dropout are drawn from torch's global generator;
+            in evaluation, rotations follow from `config.seed`.
+
+        Raises:
+            TypeError, ValueError: arguments of the wrong kind or shape.
+        """
+        self._check(tokens, key_padding_mask, position_ids, rotations)
+        if position_ids is None and key_padding_mask is not None:
+            position_ids = ((~key_padding_mask).cumsum(1) - 1).clamp_min(0)
+        x = self.embedding(tokens, position_ids, padding=key_padding_mask)
+        run = self.layers.ordinary if self.config.residual == "plain" else self.layers
+        streams = run(
+            (x, x),
+            key_padding_mask,
+            position_ids,
+            n_hashes=n_hashes,
+            bucket_length=bucket_length,
+            rotations=rotations,
+        )
+        return self.finish(*streams)
+
+    def finish(self, first: Tensor, second: Tensor) -> Tensor:
+        """The last streams to the result: joined, normalised, with dropout."""
+        if self.config.streams == "concat":
+            joined = torch.cat([first, second], dim=-1)
+        else:
+            joined = (first + second) / 2
+        out: Tensor = F.dropout(self.norm(joined), self.config.dropout, self.training)
+        return out
+
+    def _check(
+        self,
+        tokens: Tensor,
+        padding: Tensor | None,
+        positions: Tensor | None,
+        rotations: Sequence[Tensor | None] | None,
+    ) -> None:
+        if not isinstance(tokens, Tensor) or tokens.dtype == torch.bool or tokens.is_complex():
+            raise TypeError("tokens must be a tensor of integers (B, L), or of embeddings (B, L, d)")
+        if tokens.is_floating_point():
+            if tokens.dim() != 3 or tokens.shape[-1] != self.config.d_model or tokens.shape[1] < 1:
+                raise ValueError(
+                    f"embeddings must be (batch, length, {self.config.d_model}), got {tuple(tokens.shape)}"
+                )
+        elif tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"tokens must be int64 or int32, got {tokens.dtype}; convert with tokens.long()")
+        elif tokens.dim() != 2 or tokens.shape[1] < 1:
+            raise ValueError(
+                f"tokens must be (batch, length) with at least one token, got {tuple(tokens.shape)}; "
+                "one sequence is tokens[None]"
+            )
+        shape = tuple(tokens.shape[:2])
+        if padding is not None and (padding.dtype != torch.bool or tuple(padding.shape) != shape):
+            raise ValueError(
+                f"key_padding_mask must be a bool tensor {shape}, True = padding, got {padding.dtype} "
+                f"{tuple(padding.shape)}"
+            )
+        if positions is not None and tuple(positions.shape) not in (shape, shape[1:]):
+            raise ValueError(f"position_ids must be {shape} or {shape[1:]}, got {tuple(positions.shape)}")
+        if rotations is not None and len(rotations) != len(self.config.layers):
+            raise ValueError(
+                f"rotations must have one entry (or None) for each of {len(self.config.layers)} layers, got "
+                f"{len(rotations)}"
+            )
+
+
+class ReformerLM(nn.Module):
+    """A language model: a `Reformer` and a linear head. Causal where `config.causal`, else masked.
+
+    logits = hidden head.weight' + head.bias, V of them a token. Given labels it returns the loss in their
+    place, chunk by chunk: no [tokens, vocabulary] tensor exists then, forward or backward.
+
+    Args:
+        config: sizes and choices, see `ReformerConfig`.
+
+    >>> config = ReformerConfig(vocab_size=100, d_model=32, layers=("lsh",), n_heads=2, causal=True)
+    >>> model, tokens = ReformerLM(config), torch.randint(100, (2, 50))
+    >>> model(tokens).shape, model(tokens, labels=tokens).shape
+    (torch.Size([2, 50, 100]), torch.Size([]))
+    """
+
+    def __init__(self, config: ReformerConfig) -> None:
+        super().__init__()
+        self.reformer = Reformer(config)
+        self.head = nn.Linear(config.d_out, config.vocab_size, bias=config.head_bias)
+        if config.tie_embeddings:
+            self.head.weight = self.reformer.embedding.tokens.weight
+        else:
+            nn.init.normal_(self.head.weight, std=config.init_std)
+        if self.head.bias is not None:
+            nn.init.zeros_(self.head.bias)
+
+    @property
+    def config(self) -> ReformerConfig:
+        return self.reformer.config
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        labels: Tensor | None = None,
+        shift_labels: bool | None = None,
+        key_padding_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Logits, or the loss.
+
+        Args:
+            tokens, key_padding_mask, options: as for `Reformer`.
+            labels: (B, L) int64, the tokens to predict; -100, and padding, count for nothing.
+            shift_labels: True: token i predicts labels[i + 1], so that the tokens are their own labels;
+                False: labels[i]. None: True for causal models, False for masked ones.
+
+        Returns:
+            logits (B, L, V); with labels, the mean cross entropy in nats, a float32 scalar.
+        """
+        if labels is not None and (labels.shape != tokens.shape[:2] or labels.dtype != torch.int64):
+            raise ValueError(
+                f"labels must be int64 {tuple(tokens.shape[:2])}, got {labels.dtype} {tuple(labels.shape)}"
+            )
+        hidden = self.reformer(tokens, key_padding_mask=key_padding_mask, **options)
+        if labels is None:
+            logits: Tensor = self.head(hidden)
+            return logits
+        return self.loss(hidden, labels, key_padding_mask, shift_labels)
+
+    def loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        key_padding_mask: Tensor | None = None,
+        shift_labels: bool | None = None,
+    ) -> Tensor:
+        """The mean cross entropy of `labels` given hidden states, chunk by chunk: see `forward`."""
+        if key_padding_mask is not None:
+            labels = labels.masked_fill(key_padding_mask, IGNORED)
+        if self.config.causal if shift_labels is None else shift_labels:
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+            if key_padding_mask is not None:
+                labels = labels.masked_fill(key_padding_mask, IGNORED)
+        return functional.linear_cross_entropy(hidden, self.head.weight, labels, self.head.bias)
+
+
+def make_attention(config: ReformerConfig, kind: LayerKind, number: int) -> nn.Module:
+    """The attention layer of `kind` for layer `number`."""
+    rotary = None
+    if config.positions == "rotary":
+        rotary = RotaryPositions(config.size_of_head, base=config.rotary_base, hashing=config.rotary_hashing)
+    local_dropout = config.local_attention_dropout
+    options: dict[str, Any] = {
+        "head_dim": config.size_of_head,
+        "bias": config.attention_bias,
+        "out_bias": config.attention_out_bias,
+        "dropout": config.attention_dropout if kind != "local" or local_dropout is None else local_dropout,
+        "rotary": rotary,
+        "backend": config.backend,
+    }
+    if kind == "lsh":
+        # Layers apart, so that two layers do not miss the same neighbours.
+        seed = config.seed + number
+        return LSHSelfAttention(config.d_model, config.n_heads, config.lsh_config, seed=seed, **options)
+    if kind == "full":
+        return FullSelfAttention(config.d_model, config.n_heads, causal=config.causal, **options)
+    return LocalSelfAttention(
+        config.d_model,
+        config.n_heads,
+        chunk_length=config.local_chunk_length,
+        chunks_before=config.local_chunks_before,
+        chunks_after=config.local_chunks_after,
+        causal=config.causal,
+        wrap=config.local_wrap,
+        **options,
+    )
+
+
+def _norm(config: ReformerConfig, width: int) -> nn.Module:
+    kind = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
+    return kind(width, eps=config.norm_eps)
+
+
+def _position_table(config: ReformerConfig) -> nn.Module | None:
+    match config.positions:
+        case "axial":
+            return AxialPositionalEmbedding(
+                config.d_model,
+                None if config.axial_shape else config.max_length,
+                shape=config.axial_shape,
+                dims=config.axial_dims,
+            )
+        case "learned":
+            return LearnedPositionalEmbedding(config.d_model, config.max_length)
+        case "sinusoidal":
+            return SinusoidalPositionalEmbedding(config.d_model)
+        case _:
+            return None
