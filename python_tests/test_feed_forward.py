@@ -198,7 +198,7 @@ def test_memory_does_not_grow_with_d_ff_or_rows() -> None:
         ({"memory_budget": -1}, ValueError, "memory_budget must be"),
         ({"chunk_size": 2, "memory_budget": 100}, ValueError, "not both"),
         ({"seed": 1.5, "dropout_p": 0.1}, TypeError, "seed must be an int"),
-        ({"seed": torch.zeros(2), "dropout_p": 0.1}, ValueError, "seed must be an int64 tensor"),
+        ({"seed": torch.zeros(2), "dropout_p": 0.1}, TypeError, "int64 tensor of one element"),
         ({"x": None}, TypeError, "x must be a tensor, got NoneType"),
         ({"x": torch.zeros(2, D_IN).long()}, TypeError, "x must be float32"),
         ({"x": torch.zeros(2, D_IN)}, TypeError, "w1 must be torch.float32 .* got torch.float64"),
@@ -220,3 +220,5 @@ def test_bad_module() -> None:
         ChunkedFeedForward(4, 8, activation="mish")
     with pytest.raises(ValueError, match="dropout must be in"):
         ChunkedFeedForward(4, 8, dropout=1.5)
+    with pytest.raises(ValueError, match="d_ff must be an integer in 1"):
+        ChunkedFeedForward(4, 0)

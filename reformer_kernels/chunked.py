@@ -11,6 +11,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from reformer_kernels._checks import FLOAT_DTYPES
+from reformer_kernels._dispatch import Seed, resolve_seed
+
 # These modules register the operators.
 from reformer_kernels.ops.feed_forward.op import ACTIVATIONS
 from reformer_kernels.ops.linear_cross_entropy.op import wide_dtype
@@ -23,8 +26,6 @@ FEED_FORWARD_BUDGET = 32 * 2**20
 LOSS_BUDGET = 128 * 2**20
 """Bytes that the temporaries of one chunk may take, unless the caller says otherwise."""
 
-_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
 
 def chunked_feed_forward(
     x: Tensor,
@@ -35,15 +36,14 @@ def chunked_feed_forward(
     *,
     activation: str = "gelu",
     dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
+    seed: Seed = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
     """Two-layer feed-forward, dropout(activation(x w1' + b1)) w2' + b2, in chunks of rows.
 
     Forward and backward hold the d_ff columns of one chunk only; backward computes them again (one matrix
-    product
-    more: 7 instead of 6). Kitaev et al., "Reformer", section 3.
+    product more: 7 instead of 6). Kitaev et al., "Reformer", section 3.
 
     Args:
         x: (..., d_in).
@@ -72,7 +72,7 @@ def chunked_feed_forward(
         x, w1, w2 = x.to(dtype), w1.to(dtype), w2.to(dtype)
         b1, b2 = (None if bias is None else bias.to(dtype) for bias in (b1, b2))
         tensors = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
-    if x.dtype not in _FLOAT_DTYPES:
+    if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
     for name, tensor in tensors.items():
         if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
@@ -98,7 +98,7 @@ def chunked_feed_forward(
     # Backward's: a, h and dh, and da where it cannot take dh's place.
     columns = 2 * w1.size(0) + 2 * w2.size(1) if kind.gated else 3 * w2.size(1)
     rows = _chunk_rows(chunk_size, memory_budget, FEED_FORWARD_BUDGET, columns * x.dtype.itemsize)
-    seed_tensor = _seed_tensor(seed) if dropout_p > 0 else None
+    seed_tensor = resolve_seed(seed) if dropout_p > 0 else None
     y: Tensor = torch.ops.reformer_kernels.chunked_feed_forward(
         flat, w1, b1, w2, b2, seed_tensor, activation, dropout_p, rows
     )
@@ -155,7 +155,7 @@ def linear_cross_entropy(
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("class_weights", class_weights)):
         if tensor is None and name in ("bias", "class_weights"):
             continue
-        if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOAT_DTYPES:
+        if not isinstance(tensor, Tensor) or tensor.dtype not in FLOAT_DTYPES:
             given = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name} must be a floating-point tensor, got {given}")
     if not isinstance(target, Tensor):
@@ -226,17 +226,3 @@ def _chunk_rows(
         raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget!r}")
     # Multiples of `least`, for the sake of the matrix products.
     return max(least, budget // max(1, row_bytes) // least * least)
-
-
-def _seed_tensor(seed: int | Tensor | None) -> Tensor:
-    if seed is None:
-        return torch.randint(2**63 - 1, (), dtype=torch.int64)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise ValueError(
-                f"seed must be an int64 tensor of one element, got {seed.dtype}, shape {tuple(seed.shape)}"
-            )
-        return seed.detach().reshape(())
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int or an int64 tensor, got {type(seed).__name__}")
-    return torch.tensor(seed % 2**63, dtype=torch.int64)

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from reformer_kernels.chunked import chunked_feed_forward
+from reformer_kernels.config import check_integer
 from reformer_kernels.ops.feed_forward.activations import ACTIVATIONS
+
+MAX_WIDTH = 2**31 - 1
 
 
 class ChunkedFeedForward(nn.Module):
@@ -48,6 +51,8 @@ class ChunkedFeedForward(nn.Module):
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        check_integer("d_model", d_model, 1, MAX_WIDTH)
+        check_integer("d_ff", d_ff, 1, MAX_WIDTH)
         width = ACTIVATIONS[activation].inner_width(d_ff)
         self.inner = nn.Linear(d_model, width, bias=bias, device=device, dtype=dtype)
         self.outer = nn.Linear(d_ff, d_model, bias=bias, device=device, dtype=dtype)
