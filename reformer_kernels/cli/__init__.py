@@ -8,6 +8,7 @@ import typer
 
 from reformer_kernels.cli.bench import bench
 from reformer_kernels.cli.info import info
+from reformer_kernels.cli.inspect import inspect
 from reformer_kernels.cli.machine import version_of
 from reformer_kernels.cli.train import train
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command()(info)
 app.command()(bench)
+app.command()(inspect)
 app.command()(train)
 
 

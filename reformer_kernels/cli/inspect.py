@@ -1,0 +1,196 @@
+"""`reformer-kernels inspect`: the machine code of the GPU kernels, with no GPU present."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from reformer_kernels.cli import machine
+from reformer_kernels.cli.arguments import (
+    choices,
+    integers,
+    new_console,
+    positive,
+    usage_error,
+    writable_file,
+)
+from reformer_kernels.cli.problem import DTYPES
+from reformer_kernels.cli.report import write_atomically
+from reformer_kernels.ops import cost_model, machine_code
+from reformer_kernels.ops.machine_code import Inspected, Request
+from reformer_kernels.ops.specialization import OPERATIONS, OPTIONS
+from reformer_kernels.ops.tiles import ARCHITECTURES
+
+SCHEMA = 1
+MAX_HEAD_DIM = 256
+FLOOR_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def inspect(
+    arch: Annotated[
+        str, typer.Option(help=f"Architectures, separated by commas: {', '.join(ARCHITECTURES)}.")
+    ] = "sm_90",
+    op: Annotated[
+        str | None,
+        typer.Option(help=f"Operations: {', '.join(OPERATIONS)}.", show_default="all"),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the tensors, separated by commas.")] = ",".join(FLOOR_DTYPES),
+    head_dim: Annotated[str, typer.Option(help="Head sizes, separated by commas.")] = "32,64,128,256",
+    options: Annotated[
+        str, typer.Option(help="off: the least asked of a kernel; all: its options together.")
+    ] = "off,all",
+    heads: Annotated[int, typer.Option(help="For the predicted time: batch times heads.")] = 8,
+    seq_len: Annotated[int, typer.Option(help="For the predicted time: length.")] = 16384,
+    hashes: Annotated[int, typer.Option(help="For the predicted time: rounds.")] = 4,
+    chunk: Annotated[int, typer.Option(help="For the predicted time: chunk length.")] = 64,
+    processes: Annotated[
+        int | None, typer.Option(help="Compilers at work at once.", show_default="cores")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all as JSON.")
+    ] = None,
+) -> None:
+    """Compile every Triton kernel and show what became of it: registers, spills, tensor cores, loads.
+
+    No GPU is needed. What a kernel must not do (spill, miss the tensor cores, load narrowly, take too much
+    shared memory) is named, and then the exit code is 1. Times are predicted from bytes and products.
+    """
+    architectures = _some("--arch", choices("--arch", arch, ARCHITECTURES))
+    operations = OPERATIONS if op is None else _some("--op", choices("--op", op, OPERATIONS))
+    requests = [
+        Request(architecture, DTYPES[name], size, level, (operation,))
+        for architecture in architectures
+        for operation in operations
+        for name in _some("--dtype", choices("--dtype", dtype, FLOOR_DTYPES))
+        for size in integers("--head-dim", head_dim)
+        for level in _some("--options", choices("--options", options, OPTIONS))
+    ]
+    for request in requests:
+        positive("--head-dim", request.head_dim, most=MAX_HEAD_DIM)
+    shape = cost_model.Shape(
+        heads=positive("--heads", heads),
+        length=positive("--seq-len", seq_len),
+        n_hashes=positive("--hashes", hashes),
+        chunk_length=positive("--chunk", chunk),
+    )
+    workers = positive("--processes", processes if processes is not None else os.cpu_count() or 1)
+    writable_file("--json", json_file)
+    reason = machine_code.unavailable()
+    if reason is not None:
+        raise usage_error(f"kernels cannot be compiled here: {reason}")
+    inspected: list[Inspected] = []
+    with Console(stderr=True).status("compiling") as status:
+        for number, found in enumerate(machine_code.inspect_all(requests, workers), start=1):
+            inspected += found
+            status.update(f"compiling: {number} of {len(requests)}")
+    floors = [
+        _floor(operation, architecture, dataclasses.replace(shape, head_dim=size, bits=bits))
+        for architecture in architectures
+        for operation in cost_model.OPERATIONS
+        for size, bits in dict.fromkeys((r.head_dim, r.dtype.itemsize * 8) for r in requests)
+    ]
+    console = new_console()
+    for architecture in architectures:
+        console.print(_code_table(architecture, inspected))
+        console.print(_floor_table(architecture, shape, floors))
+    for row in inspected:
+        for fault in row.faults:
+            console.print(f"[bold red]FAULT[/] {row.code}: {fault}", highlight=False)
+    if json_file is not None:
+        document = {
+            "schema": SCHEMA,
+            "commit": machine.commit(),
+            "versions": machine.versions(),
+            "units": {"registers": "a thread", "spill_bytes": "a thread", "shared_bytes": "a block"},
+            "kernels": [row.code.to_json() | {"faults": row.faults} for row in inspected],
+            "predicted": floors,
+        }
+        write_atomically(json_file, json.dumps(document, indent=1) + "\n")
+        console.print(f"Wrote {json_file}")
+    if any(row.faults for row in inspected):
+        raise typer.Exit(1)
+
+
+def _some(name: str, values: tuple[str, ...]) -> tuple[str, ...]:
+    if not values:
+        raise usage_error(f"{name} must name at least one")
+    return values
+
+
+def _floor(operation: str, architecture: str, shape: cost_model.Shape) -> dict[str, Any]:
+    found, rates = cost_model.floor(operation, shape, architecture), cost_model.RATES[architecture]
+    return {
+        "operation": operation,
+        "architecture": architecture,
+        "device": rates.device,
+        "rates": "measured" if rates.measured else "data sheet",
+        **dataclasses.asdict(shape),
+        "bytes": found.bytes,
+        "operations": found.operations,
+        "predicted_seconds": found.seconds,
+        "bound_by": found.bound,
+    }
+
+
+def _code_table(architecture: str, inspected: Sequence[Inspected]) -> Table:
+    table = Table(title=f"Machine code, {architecture}", title_justify="left")
+    for title in ("kernel", "dtype"):
+        table.add_column(title, no_wrap=True)
+    for title in ("D", "options", "tile", "registers", "spill\nbytes", "shared\nbytes", "resident\nblocks"):
+        table.add_column(title, justify="right")
+    for title in ("occupancy", "limited by", "tensor-core\ninstructions", "loads by bytes", "faults"):
+        table.add_column(title)
+    previous = None
+    for row in inspected:
+        code = row.code
+        if code.architecture != architecture:
+            continue
+        if previous not in (None, (code.kernel, code.dtype)):
+            table.add_section()
+        first = previous != (code.kernel, code.dtype)
+        previous = (code.kernel, code.dtype)
+        tile = code.tile
+        table.add_row(
+            *((code.kernel, code.dtype) if first else ("", "")),
+            str(code.head_dim),
+            code.options,
+            f"{tile.rows}x{tile.keys}x{tile.dims} w{tile.warps} s{tile.stages}" if tile else f"w{code.warps}",
+            *map(str, (code.registers, code.spill_bytes, code.shared_bytes, code.resident_blocks)),
+            f"{100 * code.occupancy:.0f} %",
+            code.limited_by,
+            ", ".join(f"{count} {name}" for name, count in code.tensor_core_instructions.items()) or "none",
+            ", ".join(f"{width}: {count}" for width, count in reversed(code.loads.items())) or "none",
+            f"[bold red]{len(row.faults)}[/]" if row.faults else "",
+        )
+    return table
+
+
+def _floor_table(architecture: str, shape: cost_model.Shape, floors: Sequence[dict[str, Any]]) -> Table:
+    rates = cost_model.RATES[architecture]
+    basis = "measured rates" if rates.measured else "the data sheet's rates"
+    table = Table(
+        title=f"Predicted least time on an {rates.device} at {basis}: {shape.heads} heads, "
+        f"L = {shape.length}, {shape.n_hashes} rounds, chunk {shape.chunk_length}",
+        title_justify="left",
+    )
+    for title in ("operation", "bits", "D", "bytes", "operations", "predicted", "bound by"):
+        table.add_column(title, justify="left" if title in ("operation", "bound by") else "right")
+    for row in floors:
+        if row["architecture"] == architecture:
+            table.add_row(
+                row["operation"],
+                *map(str, (row["bits"], row["head_dim"])),
+                f"{row['bytes'] / 1e6:.1f} M",
+                f"{row['operations'] / 1e9:.2f} G",
+                f"{row['predicted_seconds'] * 1e6:.1f} us",
+                row["bound_by"],
+            )
+    return table
