@@ -1,0 +1,126 @@
+"""`accelerate` and `restore`: our kernels under the attention layers of a transformers Reformer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from torch import nn
+
+from reformer_kernels._backend import Backend
+from reformer_kernels._checks import MAX_HEAD_DIM, kind_of
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """What `accelerate` did; `str()` tells it in lines.
+
+    Attributes:
+        replaced: names of the layers that now run our kernels, as in `model.named_modules()`.
+        left: names of the attention layers that stay as they were, each with the reason.
+    """
+
+    replaced: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.replaced)} layers accelerated, {len(self.left)} left"]
+        lines += [f"  {name or '(the model itself)'}: accelerated" for name in self.replaced]
+        lines += [f"  {name or '(the model itself)'}: left, {reason}" for name, reason in self.left.items()]
+        return "\n".join(lines)
+
+
+def accelerate(model: nn.Module, *, backend: str = "auto") -> Acceleration:
+    """Let the LSH and local attention layers of a transformers Reformer run our kernels, in place.
+
+    Every `LSHSelfAttention` and `LocalSelfAttention` in `model` (any Reformer class, or a module that holds
+    one) takes a subclass that keeps its parameters, state dict, configuration, random streams and return
+    values. For the same rotations, outputs and gradients equal the original's to rounding: near-ties of two
+    hash directions aside, as in any two ways of multiplying matrices.
+
+    A call runs the original code, whatever it then does, where
+    - attention probabilities are asked for (`output_attentions`), or a head mask is given;
+    - it decodes from a cache that holds this layer (filling the cache runs our kernels);
+    - "auto" finds no kernel for the device and dtype (float64, say);
+    - the length is more than one chunk and no multiple of the chunk length (the original raises);
+    - more neighbouring chunks are configured than there are chunks (the original stops wrapping there);
+    - the attention mask is not (batch, length), or the model is traced or exported.
+
+    Three things are mended: training with `num_hashes` given for one call works; dropout in the backward
+    pass's recomputation of LSH layers is the forward pass's (the original draws its rotations only in the
+    forward pass, so that every dropout after them differs); float16 masks do not round.
+
+    Args:
+        model: the module to change. Its classes are left alone, other models too.
+        backend: "auto", or the one to force: "native", "triton" or "reference".
+
+    Returns:
+        What was replaced, and what was left and why.
+
+    Raises:
+        TypeError: `model` is no module, or has no Reformer attention layer.
+        ValueError: unknown `backend`.
+        ImportError: transformers is not installed.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(map(repr, get_args(Backend)))}, got {backend!r}")
+    layers = _layers()
+    done = Acceleration()
+    for name, module in _modules(model):
+        original = layers.ORIGINAL.get(type(module), type(module))
+        if original in layers.ACCELERATED:
+            reason = _why_not(module)
+            if reason is None:
+                layers.substitute(module, backend)
+                done.replaced.append(name)
+            else:
+                done.left[name] = reason
+        elif isinstance(module, tuple(layers.ACCELERATED)):
+            done.left[name] = f"its class {type(module).__qualname__} is a subclass that may compute otherwise"
+    if not done.replaced and not done.left:
+        raise TypeError(
+            f"model must hold transformers' Reformer attention layers, got a {kind_of(model)} without one; "
+            "give a ReformerModel or one of its heads"
+        )
+    return done
+
+
+def restore(model: nn.Module) -> list[str]:
+    """Undo `accelerate`: the layers get their own classes back. Parameters are not touched.
+
+    Returns the names of the layers that changed; none if the model was not accelerated.
+
+    Raises:
+        TypeError: `model` is no module.
+        ImportError: transformers is not installed.
+    """
+    layers = _layers()
+    names = [name for name, module in _modules(model) if type(module) in layers.ORIGINAL]
+    for name in names:
+        layers.withdraw(model.get_submodule(name))
+    return names
+
+
+def _layers() -> Any:
+    try:
+        from . import _layers
+    except ImportError as error:
+        raise ImportError(
+            f"transformers with its Reformer is needed here ({error}); install it with: pip install transformers"
+        ) from error
+    return _layers
+
+
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {kind_of(model)}")
+    return list(model.named_modules())
+
+
+def _why_not(layer: Any) -> str | None:
+    """Why a layer stays as it is at every call; None where it need not."""
+    if layer.attention_head_size > MAX_HEAD_DIM:
+        return f"its head size {layer.attention_head_size} is above {MAX_HEAD_DIM}"
+    if layer.chunk_length is None:
+        return "it has no chunk length"
+    return None
