@@ -7,7 +7,6 @@ back leaves nothing behind.
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
@@ -24,15 +23,28 @@ from reformer_kernels.layout import Layout
 BACKEND = "reformer_kernels_backend"
 """The one attribute that an accelerated layer has and the original has not."""
 
+MASKED = -1e9
+"""What a masked key's logit becomes."""
+
+SEES_ITSELF = -5e4
+"""Log-sum-exps below this are of queries that see no key but themselves, at -1e5, and masked ones."""
+
+SEES_NOTHING = MASKED / 2
+"""Log-sum-exps below this are of queries that see masked keys alone."""
+
 
 class AcceleratedLSHSelfAttention(peer.LSHSelfAttention):
     """transformers' `LSHSelfAttention` on our kernels; see `reformer_kernels.hf.accelerate`."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
-        call = _bind(peer.LSHSelfAttention, self, hidden_states, args, options)
-        buckets, rounds = call["buckets"], call["num_hashes"]
-        rounds = self.num_hashes if rounds is None else rounds
-        if _needs_original(self, call, rounds) or (buckets is not None and buckets.dim() != 4):
+        mask, buckets, rounds = (options.get(key) for key in ("attention_mask", "buckets", "num_hashes"))
+        if buckets is not None and not buckets.numel():
+            buckets = None  # the cache's own way to say so
+        if buckets is not None:
+            rounds = buckets.shape[2]  # those of the forward pass, which may not be the layer's
+        elif rounds is None:
+            rounds = self.num_hashes
+        if args or _needs_original(self, hidden_states, options, rounds):
             return super().forward(hidden_states, *args, **options)
         qk = self._split_hidden_size_dim(
             self.query_key(hidden_states), self.num_attention_heads, self.attention_head_size
@@ -40,15 +52,17 @@ class AcceleratedLSHSelfAttention(peer.LSHSelfAttention):
         v = self._split_hidden_size_dim(
             self.value(hidden_states), self.num_attention_heads, self.attention_head_size
         )
-        B, H, L, _ = qk.shape
-        if L <= self.chunk_length:
-            rounds, order = 1, torch.arange(L, device=qk.device, dtype=torch.int32).expand(B, H, 1, L)
+        B, H, length, _ = qk.shape
+        if length <= self.chunk_length:
+            rounds, order = (
+                1,
+                torch.arange(length, device=qk.device, dtype=torch.int32).expand(B, H, 1, length),
+            )
         else:
             if self.num_buckets is None:
-                self._set_num_buckets(L)
-            buckets, order = self._hash_and_sort(qk, buckets, rounds, call["attention_mask"])
-            rounds = order.shape[2]
-        ends = torch.tensor([0, L], device=qk.device, dtype=torch.int32).expand(B, H, rounds, 2)
+                self._set_num_buckets(length)
+            buckets, order = self._hash_and_sort(qk, buckets, rounds, mask)
+        ends = torch.tensor([0, length], device=qk.device, dtype=torch.int32).expand(B, H, rounds, 2)
         config = LSHConfig.trax(
             n_hashes=rounds,
             chunk_length=self.chunk_length,
@@ -62,11 +76,15 @@ class AcceleratedLSHSelfAttention(peer.LSHSelfAttention):
             v,
             Layout(order, ends),
             config,
-            key_padding_mask=_padding(call["attention_mask"]),
+            key_padding_mask=_key_bias(mask),
             dropout_p=dropout_p,
             backend=getattr(self, BACKEND),
             return_lse=True,
         )
+        if mask is not None or dropout_p > 0:
+            # A query that sees no other key has its own value, which each round may drop.
+            own = v * dropout(v.new_ones(B, H, rounds, length, 1), dropout_p).mean(2) if dropout_p > 0 else v
+            out = torch.where(lse[..., None] < SEES_ITSELF, own, out)
         return peer.LSHSelfAttentionOutput(_merge_heads(out), (), buckets)
 
     def _hash_and_sort(
@@ -77,23 +95,20 @@ class AcceleratedLSHSelfAttention(peer.LSHSelfAttention):
         Given buckets are those of the forward pass, in the recomputation by the backward pass.
         """
         factors = check_factors(self.num_buckets)
-        # The original's own test of whether padding has a bucket, for which every round then has room.
-        padded = mask is not None and mask.sum().item() < mask.numel()
-        n_buckets = math.prod(factors) + padded
-        if buckets is not None:
-            rounds = buckets.shape[2]
-        offsets = n_buckets * torch.arange(rounds, device=qk.device)[:, None]
         if buckets is None:
             rotations = self._draw_rotations(qk, rounds, factors)
-            ids = functional.lsh_hash(
-                qk, rotations, factors, _padding(mask) if padded else None, getattr(self, BACKEND)
-            )
-            buckets = ids + offsets
+            # The original's own test of whether padding has a bucket, for which every round then has room.
+            padded = mask is not None and mask.sum().item() < mask.numel()
+            padding = ~mask.to(torch.bool) if padded and mask is not None else None
+            ids = functional.lsh_hash(qk, rotations, factors, padding, getattr(self, BACKEND))
+            n_buckets = math.prod(factors) + padded
+            buckets = ids + n_buckets * torch.arange(rounds, device=qk.device)[:, None]
         else:
             if self.training:
                 # So that the random numbers after this are the forward pass's; the original forgets.
                 self._draw_rotations(qk, rounds, factors)
-            ids = (buckets - offsets).int()
+            ids = (buckets - buckets.amin(-1, keepdim=True)).int()
+            n_buckets = int(ids.max()) + 1
         return buckets, functional.bucket_sort(ids, n_buckets, getattr(self, BACKEND))
 
     def _draw_rotations(self, qk: Tensor, rounds: int, factors: tuple[int, ...]) -> Tensor:
@@ -109,8 +124,7 @@ class AcceleratedLocalSelfAttention(peer.LocalSelfAttention):
     """transformers' `LocalSelfAttention` on our kernels; see `reformer_kernels.hf.accelerate`."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
-        call = _bind(peer.LocalSelfAttention, self, hidden_states, args, options)
-        if _needs_original(self, call, rounds=1):
+        if args or _needs_original(self, hidden_states, options, rounds=1):
             return super().forward(hidden_states, *args, **options)
         q, k, v = (
             self._split_hidden_size_dim(
@@ -118,7 +132,8 @@ class AcceleratedLocalSelfAttention(peer.LocalSelfAttention):
             )
             for project in (self.query, self.key, self.value)
         )
-        out = functional.local_attention(
+        mask = options.get("attention_mask")
+        out, lse = functional.local_attention(
             q,
             k,
             v,
@@ -127,11 +142,23 @@ class AcceleratedLocalSelfAttention(peer.LocalSelfAttention):
             chunks_after=self.num_chunks_after,
             causal=self.is_decoder is True,
             wrap=True,
-            key_padding_mask=_padding(call["attention_mask"]),
+            key_padding_mask=_key_bias(mask),
             dropout_p=_dropout_p(self),
             backend=getattr(self, BACKEND),
+            return_lse=True,
         )
+        if mask is not None:
+            out = torch.where(lse[..., None] < SEES_NOTHING, self._mean_of_window(v), out)
         return peer.LocalSelfAttentionOutput(_merge_heads(out), ())
+
+    def _mean_of_window(self, v: Tensor) -> Tensor:
+        """What a query gets that sees padding alone: all its keys weigh the same, later ones too."""
+        if v.shape[2] <= self.chunk_length:
+            return v.mean(2, keepdim=True)
+        chunks = v.unflatten(2, (-1, self.chunk_length)).mean(3)
+        neighbours = range(-self.num_chunks_after, self.num_chunks_before + 1)
+        mean = torch.stack([chunks.roll(shift, 2) for shift in neighbours]).mean(0)
+        return mean.repeat_interleave(self.chunk_length, 2)
 
 
 ACCELERATED: dict[type[nn.Module], type[nn.Module]] = {
@@ -140,8 +167,6 @@ ACCELERATED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 ORIGINAL = {ours: theirs for theirs, ours in ACCELERATED.items()}
-
-_SIGNATURES = {theirs: inspect.signature(theirs.forward) for theirs in ACCELERATED}
 
 
 def substitute(layer: nn.Module, backend: str) -> None:
@@ -156,34 +181,21 @@ def withdraw(layer: nn.Module) -> None:
     delattr(layer, BACKEND)
 
 
-def _bind(
-    original: type[nn.Module],
-    layer: nn.Module,
-    hidden_states: Tensor,
-    args: tuple[Any, ...],
-    options: dict[str, Any],
-) -> dict[str, Any]:
-    """The call's arguments by name, whatever their order in this version of transformers."""
-    bound = _SIGNATURES[original].bind(layer, hidden_states, *args, **options)
-    bound.apply_defaults()
-    return bound.arguments
-
-
-def _needs_original(layer: Any, call: dict[str, Any], rounds: int) -> bool:
+def _needs_original(layer: Any, x: Tensor, options: dict[str, Any], rounds: int) -> bool:
     """Whether the call is one of those that `accelerate` leaves to the original, as its docstring lists."""
-    x, mask = call["hidden_states"], call["attention_mask"]
-    if call["output_attentions"] or call.get("head_mask") is not None:
+    mask = options.get("attention_mask")
+    if options.get("output_attentions") or options.get("head_mask") is not None:
         return True
-    if _is_cached(layer, call["past_buckets_states"]):
+    if _is_cached(layer, options.get("past_buckets_states")):
         return True
     if torch.jit.is_tracing() or torch.compiler.is_exporting() or x.dim() != 3 or not x.numel():
         return True
-    B, L, _ = x.shape
-    if mask is not None and mask.shape != (B, L):
+    length = x.shape[1]
+    if mask is not None and mask.shape != x.shape[:2]:
         return True
-    if L > layer.chunk_length:
-        chunks, rest = divmod(rounds * L, layer.chunk_length)
-        if L % layer.chunk_length or max(layer.num_chunks_before, layer.num_chunks_after) > chunks:
+    if length > layer.chunk_length:
+        chunks = rounds * length // layer.chunk_length
+        if length % layer.chunk_length or max(layer.num_chunks_before, layer.num_chunks_after) > chunks:
             return True
     if layer.training and layer.dropout == 1:
         return True
@@ -204,8 +216,11 @@ def _is_cached(layer: Any, past: Any) -> bool:
     return len(past) > layer.layer_idx
 
 
-def _padding(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else ~mask.to(torch.bool)
+def _key_bias(mask: Tensor | None) -> Tensor | None:
+    """The original's mask: finite, so that queries at padding attend like any other."""
+    if mask is None:
+        return None
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask.to(torch.bool), MASKED)
 
 
 def _dropout_p(layer: Any) -> float:

@@ -44,7 +44,8 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> Acceleration:
     - "auto" finds no kernel for the device and dtype (float64, say);
     - the length is more than one chunk and no multiple of the chunk length (the original raises);
     - more neighbouring chunks are configured than there are chunks (the original stops wrapping there);
-    - the attention mask is not (batch, length), or the model is traced or exported.
+    - the attention mask is not (batch, length), the model is traced or exported, or a layer is called with
+      more than the hidden states by position.
 
     Three things are mended: training with `num_hashes` given for one call works; dropout in the backward
     pass's recomputation of LSH layers is the forward pass's (the original draws its rotations only in the
@@ -76,7 +77,9 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> Acceleration:
             else:
                 done.left[name] = reason
         elif isinstance(module, tuple(layers.ACCELERATED)):
-            done.left[name] = f"its class {type(module).__qualname__} is a subclass that may compute otherwise"
+            done.left[name] = (
+                f"its class {type(module).__qualname__} is a subclass that may compute otherwise"
+            )
     if not done.replaced and not done.left:
         raise TypeError(
             f"model must hold transformers' Reformer attention layers, got a {kind_of(model)} without one; "
@@ -106,7 +109,8 @@ def _layers() -> Any:
         from . import _layers
     except ImportError as error:
         raise ImportError(
-            f"transformers with its Reformer is needed here ({error}); install it with: pip install transformers"
+            f"transformers with its Reformer is needed here ({error}); install it with: "
+            "pip install transformers"
         ) from error
     return _layers
 
