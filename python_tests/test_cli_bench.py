@@ -74,8 +74,8 @@ def test_module_and_function_are_one_command() -> None:
         (["--backend", "fast"], "--backend must be one of auto, reference, native, triton, got 'fast'"),
         (["--device", "tpu9"], "--device must be cpu, cuda or cuda:N, got 'tpu9'"),
         (["--device", "meta"], "--device must be cpu, cuda or cuda:N, got 'meta'"),
-        (["--device", "cuda:77"], "CUDA devices"),
-        (["--compare", "flash"], "--compare must be one of sdpa, hf, lucidrains, got 'flash'"),
+        (["--device", "cuda:77"], "CUDA devices; 'reformer-kernels info' lists what runs here"),
+        (["--compare", "xformers"], "one of sdpa, flash, cudnn, hf, lucidrains, got 'xformers'"),
         (["--budget", "nan"], "--budget must be positive, got nan"),
         (["--json", "/nowhere/out.json"], "--json: the folder /nowhere does not exist"),
         (["--csv", "/"], "--csv must name a file, got the folder /"),
@@ -181,6 +181,22 @@ def test_a_peer_predicted_to_take_too_long_is_left_out() -> None:
     result = invoke("bench", "lsh", *QUICK, "--compare", "sdpa", "--max-seconds", "1e-9")
     assert result.exit_code == 0
     assert "predicted to take" in plain(result.output)
+
+
+def test_sdpas_gpu_back_ends() -> None:
+    result = invoke("bench", "lsh", *QUICK, "--compare", "flash,cudnn")
+    assert result.exit_code == 0
+    assert "SDPA flash is compared on cuda, not on cpu" in plain(result.output)
+    # The same code as on a GPU: torch has a flash back end for the CPU too, and no cuDNN one.
+    small = Problem(length=40, heads=2, head_dim=16, causal=True)
+    q, v = workloads.make_inputs(small)
+    chosen, flash = (workloads.build("lsh", name, small) for name in ("torch SDPA", "SDPA flash"))
+    assert torch.equal(chosen.inputs[0], q) and torch.equal(flash.inputs[2], v)
+    torch.testing.assert_close(flash.forward(), chosen.forward())
+    with pytest.raises(
+        peers.PeerRefusesError, match="SDPA cuDNN cannot take float32 with heads of 16 on cpu"
+    ):
+        workloads.build("attention", "SDPA cuDNN", small)
 
 
 def test_a_missing_peer_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:

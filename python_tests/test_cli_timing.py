@@ -80,6 +80,43 @@ def test_the_same_call_is_not_warmed_up_twice_where_it_is_slow(clock: Clock) -> 
     assert clock.calls == ["forward", "forward", "both"]
 
 
+def test_a_device_is_asked_for_its_times_after_the_last_call_of_a_sample(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU a call returns before its work is done; its events are read once all calls are under way."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            assert stream == "stream of cuda:1"
+            self.at = clock.now
+            done.append("record")
+
+        def synchronize(self) -> None:
+            done.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            return (end.at - self.at) * 1e3
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    device = torch.device("cuda:1")
+
+    def run() -> dict[str, timing.Seconds]:
+        start = timing.mark(device)
+        clock.now += 0.002
+        return {"forward": timing.between(start, timing.mark(device))}
+
+    case = Case(run)
+    interleave([case], budget=10, max_repeats=1)
+    assert case.samples["forward"] == pytest.approx([0.002])
+    # Each warm-up is waited for; then an untimed call and two timed ones, read at the end.
+    assert done == ["record", "record", "wait"] * 2 + ["record"] * 6 + ["wait"] * 2
+
+
 MIB = 2**20
 
 

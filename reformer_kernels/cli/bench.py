@@ -24,7 +24,7 @@ from reformer_kernels.cli.arguments import (
     usage_error,
     writable_file,
 )
-from reformer_kernels.cli.peers import PEERS, PeerRefusesError
+from reformer_kernels.cli.peers import FULL_ATTENTION, PEERS, PeerRefusesError
 from reformer_kernels.cli.problem import DTYPES, Problem, attention_work, full_attention_work
 from reformer_kernels.cli.report import Report, Row
 from reformer_kernels.cli.timing import Case, interleave
@@ -87,7 +87,8 @@ def bench(
     compare: Annotated[
         str | None,
         typer.Option(
-            help="Peers to time in the same run: sdpa, hf, lucidrains, separated by commas, or none.",
+            help=f"Peers to time in the same run: {', '.join(PEERS)}, separated by commas, or none. "
+            "flash and cudnn are SDPA's back ends on a GPU.",
             show_default="those installed",
         ),
     ] = None,
@@ -181,7 +182,10 @@ def _checked_device(name: str) -> str:
     if device.type not in ("cpu", "cuda"):
         raise usage_error(f"--device must be cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise usage_error(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices")
+        raise usage_error(
+            f"--device {name}: torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices; "
+            "'reformer-kernels info' lists what runs here"
+        )
     return name
 
 
@@ -191,8 +195,12 @@ def _checked_peers(settings: Settings, text: str | None, console: Console) -> tu
     wanted = tuple(PEERS) if text is None else choices("--compare", text, tuple(PEERS))
     present = []
     for key in wanted:
-        reason = PEERS[key].missing()
-        if key not in rows:
+        reason, only_on = PEERS[key].missing(), PEERS[key].device
+        if only_on not in (None, torch.device(settings.problem.device).type):
+            if text is not None:
+                message = f"{PEERS[key].title} is compared on {only_on}, not on {settings.problem.device}"
+                console.print(f"[yellow]Left out:[/] {message}.", highlight=False)
+        elif key not in rows:
             reason = (
                 None if text is None else f"{PEERS[key].title} has no call for {settings.operation} alone"
             )
@@ -237,7 +245,8 @@ def _run_length(
             workloads.append(build(settings.operation, name, problem))
         for key in settings.compare:
             name = PEER_ROWS[settings.operation][key]
-            if name == "torch SDPA" and any(workload.name == name for workload in workloads):
+            full = name in FULL_ATTENTION.values()
+            if full and any(workload.name == name for workload in workloads):
                 continue  # full attention has no rounds: one row a length
             try:
                 _refuse_too_large(settings, key, problem, report)
@@ -288,7 +297,7 @@ def _refuse_too_large(settings: Settings, key: str, problem: Problem, report: Re
     """
     if settings.operation not in ("lsh", "attention"):
         return
-    if key == "sdpa":
+    if key in FULL_ATTENTION:
         work = full_attention_work(problem)
         share = SDPA_SHARE_OF_MATMUL
     else:

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from reformer_kernels.chunked import linear_cross_entropy
 from reformer_kernels.cli.allocations import peak_allocated
-from reformer_kernels.cli.timing import Case, clock, interleave
+from reformer_kernels.cli.timing import Case, Seconds, between, interleave, mark
 from reformer_kernels.config import LSHConfig
 from reformer_kernels.modules.attention import LSHSelfAttention
 from reformer_kernels.modules.feed_forward import ChunkedFeedForward
@@ -74,11 +74,11 @@ def _rows(
 
         peaks[name] = peak_allocated(measured, device) - kept[0]
 
-    def timed(step: Step) -> Callable[[], dict[str, float]]:
-        def run() -> dict[str, float]:
-            start = clock(device)
+    def timed(step: Step) -> Callable[[], dict[str, Seconds]]:
+        def run() -> dict[str, Seconds]:
+            start = mark(device)
             step()
-            return {"forward+backward": clock(device) - start}
+            return {"forward+backward": between(start, mark(device))}
 
         return run
 

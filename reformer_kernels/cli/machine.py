@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from reformer_kernels.cli.timing import Case, Spread, clock
+from reformer_kernels.cli.timing import Case, Seconds, Spread, between, clock, mark
 
 PACKAGES = ("reformer-kernels", "torch", "triton", "numpy", "transformers", "reformer-pytorch")
 
@@ -128,15 +128,15 @@ class RateMeter:
         self.target = torch.zeros_like(self.source)
         self.seconds: tuple[list[float], list[float]] = ([], [])
 
-    def _multiply(self) -> dict[str, float]:
-        start = clock(self.device)
+    def _multiply(self) -> dict[str, Seconds]:
+        start = mark(self.device)
         torch.matmul(self.a, self.b, out=self.product)
-        return {"seconds": clock(self.device) - start}
+        return {"seconds": between(start, mark(self.device))}
 
-    def _copy(self) -> dict[str, float]:
-        start = clock(self.device)
+    def _copy(self) -> dict[str, Seconds]:
+        start = mark(self.device)
         self.target.copy_(self.source)
-        return {"seconds": clock(self.device) - start}
+        return {"seconds": between(start, mark(self.device))}
 
     def cases(self) -> list[Case]:
         return [Case(self._multiply), Case(self._copy)]

@@ -1,4 +1,4 @@
-"""The peers as callables on the same tensors: torch SDPA, Hugging Face, reformer_pytorch.
+"""The peers as callables on the same tensors: torch SDPA and its back ends, Hugging Face, reformer_pytorch.
 
 Each is timed on the attention alone. Hugging Face's layer includes its projections, so they are replaced by
 modules that hand over given queries and values; everything after them is its own code, unchanged.
@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import importlib
 import logging
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reformer_kernels.cli.machine import version_of
 from reformer_kernels.cli.problem import Problem
@@ -30,6 +32,8 @@ class Peer:
     module: str
     preset: str | None
     """Our preset that computes the same, None where no rule of ours does."""
+    device: str | None = None
+    """The only kind of device that it is compared on, where there is one."""
 
     @property
     def install_command(self) -> str:
@@ -47,8 +51,15 @@ class Peer:
         return None
 
 
+FULL_ATTENTION = {"sdpa": "torch SDPA", "flash": "SDPA flash", "cudnn": "SDPA cuDNN"}
+"""Peers that attend to everything: torch's own choice, and its back ends for NVIDIA GPUs by name."""
+
+_SDPA_BACKENDS = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
+
 PEERS = {
     "sdpa": Peer("sdpa", "torch SDPA", "torch", "torch.nn.functional", None),
+    "flash": Peer("flash", "SDPA flash", "torch", "torch.nn.attention", None, device="cuda"),
+    "cudnn": Peer("cudnn", "SDPA cuDNN", "torch", "torch.nn.attention", None, device="cuda"),
     "hf": Peer(
         "hf", "Hugging Face", "transformers", "transformers.models.reformer.modeling_reformer", "trax"
     ),
@@ -71,9 +82,34 @@ def own_generator(seed: int | None) -> Iterator[None]:
         yield
 
 
-def sdpa(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full attention; q, k and v (B, H, L, D)."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=problem.causal)
+class FullAttention:
+    """`scaled_dot_product_attention`, with torch's choice of back end or the one named.
+
+    Raises:
+        PeerRefusesError: that back end cannot take such tensors.
+    """
+
+    def __init__(self, name: str, problem: Problem) -> None:
+        self.causal = problem.causal
+        self.backend = _SDPA_BACKENDS.get(name)
+        if self.backend is None:
+            return
+        shape = (1, 1, 16, problem.head_dim)
+        row = torch.zeros(shape, dtype=problem.torch_dtype, device=problem.device, requires_grad=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # reasons, one a back end; the error has to do
+                self.attend(row, row, row).sum().backward()
+        except RuntimeError as error:
+            raise PeerRefusesError(
+                f"{name} cannot take {problem.dtype} with heads of {problem.head_dim} on {problem.device} "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k and v (B, H, L, D)."""
+        with nullcontext() if self.backend is None else sdpa_kernel(self.backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
 
 
 class _Given(nn.Module):

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from reformer_kernels.cli import machine
 from reformer_kernels.cli.agreement import Agreement
+from reformer_kernels.cli.peers import FULL_ATTENTION
 from reformer_kernels.cli.problem import Problem, Work
 from reformer_kernels.cli.timing import Spread
 
@@ -29,13 +30,15 @@ NARROW = 110
 """Widths of a terminal from which the tables show everything, and below which only the main columns."""
 
 PEER_NAMES = {
-    "sdpa": "torch SDPA",
+    **FULL_ATTENTION,
     "hf": "Hugging Face",
     "lucidrains": "reformer_pytorch",
     "torch": "torch.sort(stable)",
 }
 RATIO_TITLES = {
     "sdpa": "vs\nSDPA",
+    "flash": "vs SDPA\nflash",
+    "cudnn": "vs SDPA\ncuDNN",
     "hf": "vs Hug-\nging Face",
     "lucidrains": "vs reform-\ner_pytorch",
     "torch": "vs\ntorch.sort",
@@ -98,7 +101,7 @@ class Report:
             for other in self.rows:
                 same = other.problem.length == row.problem.length and other.phase == row.phase
                 # Full attention has no rounds, so its one row serves all of ours.
-                if other.name == name and same and (key == "sdpa" or other.problem == row.problem):
+                if other.name == name and same and (key in FULL_ATTENTION or other.problem == row.problem):
                     found[key] = other.spread.median / row.spread.median
         reformers = [found[key] for key in REFORMER_PEERS if key in found]
         if reformers:
@@ -161,7 +164,7 @@ class Report:
                 table.add_section()
             first = (row.name, row.problem) != previous
             previous = (row.name, row.problem)
-            rounds = "" if row.name == "torch SDPA" else str(row.problem.n_hashes)
+            rounds = "" if row.name in FULL_ATTENTION.values() else str(row.problem.n_hashes)
             ratios = self.ratios(row)
             cells = [
                 row.name if first else "",
@@ -180,9 +183,11 @@ class Report:
         return table
 
     def _notes(self) -> list[str]:
+        on_gpu = torch.device(self.settings.problem.device).type == "cuda"
+        clock = " by the device's own clock (CUDA events)" if on_gpu else ""
         notes = [
-            "median: time of one call. n: samples. memory: the most that a call holds beyond its inputs, "
-            "outputs and gradients.",
+            f"median: time of one call{clock}. n: samples. memory: the most that a call holds beyond its "
+            "inputs, outputs and gradients.",
         ]
         if self.settings.operation in ("lsh", "attention"):
             notes.append(

@@ -7,11 +7,15 @@ took turns (A B A B ...) in one process, on one machine, in one state.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Any
 
 import torch
+
+Seconds = float | Callable[[], float]
+"""A time, or what waits for the device and tells it."""
 
 SHORTEST_SAMPLE = 0.004
 """Seconds: calls shorter than this are repeated within a sample, so that the clock's grain does not show."""
@@ -48,9 +52,13 @@ class Spread:
 
 @dataclass
 class Case:
-    """A call to be timed: `run` does the work once and returns the seconds of each of its phases."""
+    """A call to be timed: `run` does the work once and returns the seconds of each of its phases.
 
-    run: Callable[[], dict[str, float]]
+    On a GPU they are asked for only when the whole sample is under way, so that the device need not wait for
+    the host between calls.
+    """
+
+    run: Callable[[], Mapping[str, Seconds]]
     samples: dict[str, list[float]] = field(default_factory=dict)
     spent: float = 0.0
     calls_per_sample: int = 1
@@ -69,7 +77,7 @@ class Case:
             return
         for _ in range(2):
             start = perf_counter()
-            self.run()
+            _told(self.run())
             self.warm_up_seconds = perf_counter() - start
             if self.warm_up_seconds > slow:
                 break
@@ -80,8 +88,8 @@ class Case:
         if self.warm_up_seconds < QUICK_CALL:
             self.run()
         totals: dict[str, float] = {}
-        for _ in range(self.calls_per_sample):
-            for phase, seconds in self.run().items():
+        for call in [self.run() for _ in range(self.calls_per_sample)]:
+            for phase, seconds in _told(call).items():
                 totals[phase] = totals.get(phase, 0.0) + seconds
         for phase, seconds in totals.items():
             self.samples.setdefault(phase, []).append(seconds / self.calls_per_sample)
@@ -112,6 +120,31 @@ def interleave(
                 continue
             progress(index)
             case.sample()
+
+
+def _told(phases: Mapping[str, Seconds]) -> dict[str, float]:
+    return {phase: seconds() if callable(seconds) else seconds for phase, seconds in phases.items()}
+
+
+def mark(device: torch.device) -> Any:
+    """This place in the work of `device`: a CUDA event on the current stream, or the time on the CPU."""
+    if device.type != "cuda":
+        return perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def between(start: Any, end: Any) -> Seconds:
+    """The time from one mark to another."""
+    if isinstance(start, float):
+        return end - start
+
+    def wait() -> float:
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return wait
 
 
 def synchronize(device: torch.device) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reformer_kernels import functional
-from reformer_kernels.cli.peers import HuggingFace, Lucidrains, own_generator, sdpa
+from reformer_kernels.cli.peers import FULL_ATTENTION, FullAttention, HuggingFace, Lucidrains, own_generator
 from reformer_kernels.cli.problem import (
     Problem,
     Work,
@@ -20,7 +20,7 @@ from reformer_kernels.cli.problem import (
     lsh_work,
     sort_work,
 )
-from reformer_kernels.cli.timing import Case, clock
+from reformer_kernels.cli.timing import Case, Seconds, between, mark
 
 OPERATIONS = ("hash", "sort", "attention", "lsh")
 
@@ -35,8 +35,8 @@ PRESETS = {"trax()": "trax", "paper()": "paper", "window=bucket": "bucket"}
 PEER_ROWS = {
     "hash": {"hf": "Hugging Face", "lucidrains": "reformer_pytorch"},
     "sort": {"torch": "torch.sort(stable)"},
-    "attention": {"sdpa": "torch SDPA", "hf": "Hugging Face"},
-    "lsh": {"sdpa": "torch SDPA", "hf": "Hugging Face", "lucidrains": "reformer_pytorch"},
+    "attention": {**FULL_ATTENTION, "hf": "Hugging Face"},
+    "lsh": {**FULL_ATTENTION, "hf": "Hugging Face", "lucidrains": "reformer_pytorch"},
 }
 """Which peers have the operation, by key. reformer_pytorch has no call that takes buckets as given."""
 
@@ -59,30 +59,30 @@ class Workload:
         with torch.no_grad():
             return self.call(*self.inputs)
 
-    def forward_and_backward(self) -> tuple[Tensor, tuple[Tensor, ...], float]:
+    def forward_and_backward(self) -> tuple[Tensor, tuple[Tensor, ...], Seconds]:
         """The output, the inputs' gradients and the seconds that backward took."""
         device = torch.device(self.problem.device)
         leaves = [tensor.detach().requires_grad_() for tensor in self.inputs]
         out = self.call(*leaves)
         if self.grad_out is None:
             self.grad_out = torch.randn(out.shape, device=device).to(out.dtype)
-        start = clock(device)
+        start = mark(device)
         gradients = torch.autograd.grad(out, leaves, self.grad_out)
-        return out.detach(), gradients, clock(device) - start
+        return out.detach(), gradients, between(start, mark(device))
 
     def cases(self, backward: bool) -> list[Case]:
         """Cases for the timing harness: the forward pass without autograd, then both passes."""
         device = torch.device(self.problem.device)
 
-        def run_forward() -> dict[str, float]:
-            start = clock(device)
+        def run_forward() -> dict[str, Seconds]:
+            start = mark(device)
             self.forward()
-            return {"forward": clock(device) - start}
+            return {"forward": between(start, mark(device))}
 
-        def run_both() -> dict[str, float]:
-            start = clock(device)
+        def run_both() -> dict[str, Seconds]:
+            start = mark(device)
             backward_seconds = self.forward_and_backward()[2]
-            return {"forward+backward": clock(device) - start, "backward": backward_seconds}
+            return {"forward+backward": between(start, mark(device)), "backward": backward_seconds}
 
         cases = [Case(run_forward)]
         if backward and self.differentiable:
@@ -125,8 +125,8 @@ def _build_lsh(name: str, problem: Problem) -> Workload:
             return functional.lsh_attention(qk, v, config, seed=SEED, backend=problem.backend)
 
         return Workload(name, problem, lsh_work(problem, config), (qk, v), ours)
-    if name == "torch SDPA":
-        return _full_attention(problem, qk, v)
+    if name in FULL_ATTENTION.values():
+        return _full_attention(name, problem, qk, v)
     if name == "Hugging Face":
         hugging_face = HuggingFace(problem)
         work = lsh_work(problem, problem.config("trax"))
@@ -139,10 +139,10 @@ def _build_lsh(name: str, problem: Problem) -> Workload:
     raise KeyError(name)
 
 
-def _full_attention(problem: Problem, q: Tensor, v: Tensor) -> Workload:
+def _full_attention(name: str, problem: Problem, q: Tensor, v: Tensor) -> Workload:
     k = random_rows(problem, torch.Generator().manual_seed(SEED + 1))
     work = full_attention_work(problem)
-    return Workload("torch SDPA", problem, work, (q, k, v), lambda q, k, v: sdpa(problem, q, k, v))
+    return Workload(name, problem, work, (q, k, v), FullAttention(name, problem).attend)
 
 
 def _build_attention(name: str, problem: Problem) -> Workload:
@@ -155,8 +155,8 @@ def _build_attention(name: str, problem: Problem) -> Workload:
             return functional.attend(qk, v, layout, config, backend=problem.backend)
 
         return Workload(name, problem, attention_work(problem, config), (qk, v), ours)
-    if name == "torch SDPA":
-        return _full_attention(problem, qk, v)
+    if name in FULL_ATTENTION.values():
+        return _full_attention(name, problem, qk, v)
     if name == "Hugging Face":
         hugging_face = HuggingFace(problem)
         flat_qk, flat_v = flat(qk), flat(v)
