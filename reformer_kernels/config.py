@@ -308,6 +308,23 @@ def resolve_cross_rule(config: LSHConfig, key_length: int) -> AttentionRule:
     )
 
 
+def local_config(
+    chunk_length: int, chunks_before: int, chunks_after: int, *, causal: bool, wrap: bool
+) -> LSHConfig:
+    """Local attention, see `functional.local_attention`, as one round in order of position."""
+    return LSHConfig(
+        n_hashes=1,
+        chunk_length=chunk_length,
+        chunks_before=chunks_before,
+        chunks_after=chunks_after,
+        causal=causal,
+        attend_across_buckets=True,
+        correct_duplicates=False,
+        ring="rounds" if wrap else "none",
+        key_norm="none",
+    )
+
+
 def resolve_scale(scale: float | None, head_dim: int) -> float:
     """The factor of the logits: `scale`, or head_dim ** -0.5 for None."""
     return float(head_dim) ** -0.5 if scale is None else float(scale)

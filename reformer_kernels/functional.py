@@ -41,12 +41,12 @@ from ._checks import (
 from ._dispatch import Seed
 from .chunked import chunked_feed_forward, linear_cross_entropy
 from .config import (
-    AttentionRule,
     LSHConfig,
     check_factors,
     check_flag,
     check_integer,
     check_scale,
+    local_config,
     resolve_rule,
     resolve_scale,
 )
@@ -415,40 +415,16 @@ def local_attention(
     on it counts twice; sequences of at most one chunk have no neighbours. scale None: D ** -0.5. The other
     arguments and the results are those of `attend`; a query that sees nothing gets 0, lse -inf.
     """
-    # The configuration checks what it shares with this function, under the same names.
-    config = LSHConfig(
-        n_hashes=1,
-        chunk_length=chunk_length,
-        chunks_before=chunks_before,
-        chunks_after=chunks_after,
-        causal=causal,
-        attend_across_buckets=True,
-        correct_duplicates=False,
-        key_norm="none",
-    )
     check_flag("wrap", wrap)
+    # Checks what it shares with this function, under the same names.
+    config = local_config(chunk_length, chunks_before, chunks_after, causal=causal, wrap=wrap)
     check_scale(scale)
     q, v, k_ = check_qkv(q, v, k, k_required=True)
     padding = check_padding(key_padding_mask, q)
     check_dropout(dropout_p)
     check_flag("return_lse", return_lse)
     backend = resolve_backend(backend, q.device, q.dtype)
-    L = q.shape[2]
-    short = config.is_short(L)
-    rule = AttentionRule(
-        bucket_window=False,
-        chunk_length=chunk_length,
-        chunks_before=0 if short else chunks_before,
-        chunks_after=0 if short else chunks_after,
-        window_before=0,
-        window_after=0,
-        bucket_mask=False,
-        causal=causal,
-        exclude_self=False,
-        correct_duplicates=False,
-        ring=wrap and not short,
-        key_norm=0,
-    )
+    rule = resolve_rule(config, q.shape[2], shared_qk=False)
     layout = _dispatch.layout_by_position(q)
     out, lse = _dispatch.attend_layout(
         q, k_, v, layout, padding, rule, resolve_scale(scale, q.shape[-1]), dropout_p, seed, backend

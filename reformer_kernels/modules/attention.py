@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from reformer_kernels import functional
-from reformer_kernels.config import LSHConfig
+from reformer_kernels.config import LSHConfig, local_config
 from reformer_kernels.layout import Layout
 from reformer_kernels.modules._replay import is_keeping, remember
+from reformer_kernels.modules.decoding import LocalCache, LSHCache
 from reformer_kernels.modules.positions import RotaryPositions
 
 MAX_HEAD_DIM = 256
@@ -99,9 +100,6 @@ class _SelfAttention(nn.Module):
     def _merge_heads(self, out: Tensor) -> Tensor:
         """(B, H, L, D_v) to (B, L, H * D_v)."""
         return out.transpose(1, 2).flatten(2)
-
-    def _rotate(self, x: Tensor, positions: Tensor | None) -> Tensor:
-        return x if self.rotary is None else self.rotary(x, positions)
 
     def _dropout_p(self) -> float:
         return self.dropout if self.training else 0.0
@@ -210,11 +208,7 @@ class LSHSelfAttention(_SelfAttention):
             config = dataclasses.replace(config, n_hashes=_positive("n_hashes", n_hashes))
         if seed is None:
             seed = _fresh_seed() if self.training else self.seed
-        hashed = qk = self._split_heads(self.query_key(x), self.head_dim)
-        v = self._split_heads(self.value(x), self.value_dim)
-        if self.rotary is not None:
-            qk = self._rotate(qk, positions)
-            hashed = qk if self.rotary.hashing == "before" else hashed
+        hashed, qk, v = self._project(x, positions)
         if bucket_length is not None and layout is None:
             config, rotations = self._fixed_buckets(config, rotations, seed, bucket_length)
         if layout is None and (is_keeping() or hashed is not qk):
@@ -240,6 +234,40 @@ class LSHSelfAttention(_SelfAttention):
             backend=self.backend,
         )
         return self.output(self._merge_heads(out))
+
+    def make_cache(
+        self, max_length: int, *, n_hashes: int | None = None, bucket_length: int | None = None
+    ) -> LSHCache:
+        """An empty cache for `decode`, of rows of up to `max_length` tokens.
+
+        bucket_length: as in the call; None: `max_length`. Rotations are those of evaluation.
+        """
+        config = self.config
+        if n_hashes is not None:
+            config = dataclasses.replace(config, n_hashes=_positive("n_hashes", n_hashes))
+        length = max_length if bucket_length is None else bucket_length
+        config, rotations = self._fixed_buckets(config, None, self.seed, length)
+        return LSHCache(config, rotations.to(self.query_key.weight.device), max_length, self.backend)
+
+    def decode(self, x: Tensor, cache: LSHCache, positions: Tensor | None = None) -> Tensor:
+        """The call's results for tokens that follow those in `cache`, which takes them in; causal only.
+
+        x: first a whole prompt without padding (B, L, E), then one token a row (B, 1, E). Each token attends
+        to the prefix that it ends, as it was sorted when it came; those of the prompt to the prompt.
+        """
+        self._check_input(x)
+        hashed, qk, v = self._project(x, positions)
+        out = cache.step(hashed, qk, v) if cache.started else cache.prompt(hashed, qk, v)
+        return self.output(self._merge_heads(out))
+
+    def _project(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What is hashed, the query-keys and the values, each (B, H, L, D)."""
+        hashed = qk = self._split_heads(self.query_key(x), self.head_dim)
+        v = self._split_heads(self.value(x), self.value_dim)
+        if self.rotary is not None:
+            qk = self.rotary(qk, positions)
+            hashed = qk if self.rotary.hashing == "before" else hashed
+        return hashed, qk, v
 
     def _fixed_buckets(
         self, config: LSHConfig, rotations: Tensor | None, seed: int | Tensor, bucket_length: int
@@ -335,14 +363,44 @@ class LocalSelfAttention(_SelfAttention):
             (B, L, E), in x's dtype (autocast's, under autocast).
         """
         self._check_input(x)
+        out = self._attend(*self._project(x, positions), key_padding_mask, seed)
+        return self.output(self._merge_heads(out))
+
+    def make_cache(self, max_length: int) -> LocalCache:
+        """An empty cache for `decode`, of rows of up to `max_length` tokens."""
+        chunk = self._chunk(max_length)
+        config = local_config(
+            chunk, self.chunks_before, self.chunks_after, causal=self.causal, wrap=self.wrap
+        )
+        return LocalCache(dataclasses.replace(config, scale=self.scale), max_length)
+
+    def decode(self, x: Tensor, cache: LocalCache, positions: Tensor | None = None) -> Tensor:
+        """The call's results for tokens that follow those in `cache`: see `LSHSelfAttention.decode`."""
+        self._check_input(x)
+        q, k, v = self._project(x, positions)
+        if cache.started:
+            return self.output(self._merge_heads(cache.step(q, k, v)))
+        cache.start(k, v)
+        return self.output(self._merge_heads(self._attend(q, k, v, None, None)))
+
+    def _project(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, H, L, D)."""
+        q, k = (self._split_heads(layer(x), self.head_dim) for layer in (self.query, self.key))
+        if self.rotary is not None:
+            q, k = self.rotary(q, positions), self.rotary(k, positions)
+        return q, k, self._split_heads(self.value(x), self.value_dim)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, seed: int | Tensor | None
+    ) -> Tensor:
         dropout_p = self._dropout_p()
         if seed is None and dropout_p > 0.0:
             seed = _fresh_seed()
-        out = functional.local_attention(
-            self._rotate(self._split_heads(self.query(x), self.head_dim), positions),
-            self._rotate(self._split_heads(self.key(x), self.head_dim), positions),
-            self._split_heads(self.value(x), self.value_dim),
-            chunk_length=self._chunk(x.shape[1]),
+        return functional.local_attention(
+            q,
+            k,
+            v,
+            chunk_length=self._chunk(q.shape[2]),
             chunks_before=self.chunks_before,
             chunks_after=self.chunks_after,
             causal=self.causal,
@@ -353,7 +411,6 @@ class LocalSelfAttention(_SelfAttention):
             seed=seed,
             backend=self.backend,
         )
-        return self.output(self._merge_heads(out))
 
     def _chunk(self, length: int) -> int:
         """Positions in a chunk, for a sequence of `length`."""

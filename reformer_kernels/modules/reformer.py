@@ -5,7 +5,7 @@ Source: Kitaev, Kaiser, Levskaya, "Reformer: The Efficient Transformer" (arXiv 2
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reformer_kernels import functional
+from reformer_kernels.modules import generation
 from reformer_kernels.modules.attention import FullSelfAttention, LocalSelfAttention, LSHSelfAttention
+from reformer_kernels.modules.decoding import LayerCache
 from reformer_kernels.modules.feed_forward import ChunkedFeedForward
 from reformer_kernels.modules.positions import (
     AxialPositionalEmbedding,
@@ -110,6 +112,16 @@ class AttentionPart(nn.Module):
             options["rotations"] = None if rotations is None else rotations[self.number]
         return F.dropout(self.attention(x, key_padding_mask, **options), self.dropout, self.training)
 
+    def make_cache(self, max_length: int, n_hashes: int | None, bucket_length: int | None) -> LayerCache:
+        """See `LSHSelfAttention.make_cache`."""
+        if isinstance(self.attention, LSHSelfAttention):
+            return self.attention.make_cache(max_length, n_hashes=n_hashes, bucket_length=bucket_length)
+        return self.attention.make_cache(max_length)
+
+    def decode(self, x: Tensor, cache: Any, positions: Tensor) -> Tensor:
+        """See `LSHSelfAttention.decode`."""
+        return self.attention.decode(x, cache, positions)
+
 
 class FeedForwardPart(nn.Module):
     """g of a reversible layer: the chunked feed-forward layer, with dropout."""
@@ -202,7 +214,7 @@ class Reformer(nn.Module):
             key_padding_mask: (B, L) bool, True = padding, left or right, as in `nn.MultiheadAttention`.
             position_ids: (L,) or (B, L); None: each row counts its tokens from 0, padding left out.
             n_hashes: LSH layers' rounds in this call, in training too; None: the configuration's.
-            bucket_length: automatic bucket factors are those of so many tokens; None: of L.
+            bucket_length: in place of the configuration's.
             rotations: a layer's or None, one for each layer, in place of drawing them; see
                 `LSHSelfAttention`.
 
@@ -223,7 +235,7 @@ class Reformer(nn.Module):
             key_padding_mask,
             position_ids,
             n_hashes=n_hashes,
-            bucket_length=bucket_length,
+            bucket_length=self.config.buckets_for if bucket_length is None else bucket_length,
             rotations=rotations,
         )
         return self.finish(*streams)
@@ -333,6 +345,14 @@ class ReformerLM(nn.Module):
             return logits
         return self.loss(hidden, labels, key_padding_mask, shift_labels)
 
+    def generate(self, tokens: Tensor, max_new_tokens: int, **options: Any) -> list[Tensor]:
+        """New tokens after each row's: see `reformer_kernels.modules.generation.generate`."""
+        return generation.generate(self, tokens, max_new_tokens, **options)
+
+    def stream(self, tokens: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
+        """The same, token by token: see `reformer_kernels.modules.generation.stream`."""
+        return generation.stream(self, tokens, max_new_tokens, **options)
+
     def loss(
         self,
         hidden: Tensor,
@@ -350,7 +370,9 @@ class ReformerLM(nn.Module):
         return functional.linear_cross_entropy(hidden, self.head.weight, labels, self.head.bias)
 
 
-def make_attention(config: ReformerConfig, kind: LayerKind, number: int) -> nn.Module:
+def make_attention(
+    config: ReformerConfig, kind: LayerKind, number: int
+) -> LSHSelfAttention | LocalSelfAttention:
     """The attention layer of `kind` for layer `number`."""
     rotary = None
     if config.positions == "rotary":

@@ -47,6 +47,9 @@ class ReformerConfig:
         positions: "axial", "learned", "sinusoidal" (added to the embedding), "rotary" (in the attention
             layers) or "none".
         max_length: the longest sequence that axial and learned positions hold; the others have no bound.
+        bucket_length: automatic bucket factors of LSH layers are those of so many tokens, in every call.
+            None: `max_length` where causal, so that a token has the same buckets whatever comes after it, in
+            training, evaluation and generation; else the length of each call.
         axial_shape, axial_dims: of `AxialPositionalEmbedding`; None: found from max_length and d_model.
         rotary_hashing, rotary_base: `hashing` and `base` of `RotaryPositions`: whether LSH layers rotate
             "before" or "after" hashing.
@@ -94,7 +97,8 @@ class ReformerConfig:
     local_chunks_after: int = 0
     local_wrap: bool = False
     positions: Positions = "axial"
-    max_length: int = 65536
+    max_length: int = 4096
+    bucket_length: int | None = None
     axial_shape: tuple[int, ...] | None = None
     axial_dims: tuple[int, ...] | None = None
     rotary_hashing: Literal["before", "after"] = "after"
@@ -121,7 +125,7 @@ class ReformerConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_heads", "max_length"):
             check_integer(name, getattr(self, name), 1, MAX_SIZE)
-        for name in ("head_dim", "d_ff", "ff_chunk_size"):
+        for name in ("head_dim", "d_ff", "ff_chunk_size", "bucket_length"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1, MAX_SIZE, or_else="None")
         check_integer("token_context", self.token_context, 1, 64)
@@ -210,6 +214,13 @@ class ReformerConfig:
         """`lsh`, which is never None once the configuration is made."""
         assert self.lsh is not None
         return self.lsh
+
+    @property
+    def buckets_for(self) -> int | None:
+        """The length that automatic bucket factors are for; None: that of each call."""
+        if self.bucket_length is None and self.causal:
+            return self.max_length
+        return self.bucket_length
 
     @property
     def d_out(self) -> int:

@@ -85,7 +85,7 @@ def attention(
         ring = key_order.long().flatten(2)  # [B, H, R*L_k]: ring position -> original position
         ring_bucket = key_bucket.flatten(2)
 
-        per_query = R * _widest_range(rule, L_k) * (D + v.shape[-1] + (40 if dropout_p > 0 else 8))
+        per_query = R * widest_range(rule, L_k) * (D + v.shape[-1] + (40 if dropout_p > 0 else 8))
         per_query += L_k if rule.correct_duplicates else 0
         size = max(1, BLOCK_ELEMENTS // max(1, B * H * per_query))
         recompute = torch.is_grad_enabled() and size < L and not torch.compiler.is_compiling()
@@ -136,11 +136,11 @@ def _attend_block(
     query_rank = rank[..., queries].transpose(2, 3)  # [B, H, n, R]
     round_ = torch.arange(R, device=q.device)
     if cursor is None:  # around the query itself, or else between two keys
-        low, high = _range(rule, round_, query_rank, query_rank + 1, L_k)
+        low, high = key_range(rule, round_, query_rank, query_rank + 1, L_k)
     else:
         at = cursor[..., queries].transpose(2, 3)
-        low, high = _range(rule, round_, at, at, L_k)
-    place = low[..., None] + torch.arange(_widest_range(rule, L_k), device=q.device)  # [B, H, n, R, W]
+        low, high = key_range(rule, round_, at, at, L_k)
+    place = low[..., None] + torch.arange(widest_range(rule, L_k), device=q.device)  # [B, H, n, R, W]
     visible = place < high[..., None]
     place = place % (R * L_k)  # now a ring position
     if rule.bucket_mask:
@@ -175,9 +175,9 @@ def _attend_block(
     if dropout_p > 0:
         assert seed is not None
         head = torch.arange(B * H, device=q.device).view(B, H, 1, 1)
-        asking = round_[:, None].expand(R, _widest_range(rule, L_k)).flatten()
+        asking = round_[:, None].expand(R, widest_range(rule, L_k)).flatten()
         slot = (place // L_k) * (4 * -(-L_k // 4)) + place % L_k
-        asking_rank = query_rank.repeat_interleave(_widest_range(rule, L_k), dim=-1)
+        asking_rank = query_rank.repeat_interleave(widest_range(rule, L_k), dim=-1)
         kept = philox.keep(seed.to(q.device), head, asking, asking_rank, slot, dropout_p)
         weights = weights * kept / (1 - dropout_p)
     out = torch.einsum("bhnw,bhnwd->bhnd", weights, values)  # [B, H, n, Dv]
@@ -205,12 +205,13 @@ def _cursors(bucket: Tensor, key_order: Tensor, key_bucket: Tensor, causal: bool
     return torch.searchsorted(key_bucket * span + key_order, bucket * span + place, right=True)
 
 
-def _range(
-    rule: AttentionRule, round_: Tensor, rank: Tensor, end: Tensor, length: int
+def key_range(
+    rule: AttentionRule, round_: Tensor, rank: Tensor, end: Tensor, length: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Ring positions [low, high) that a query at ranks [rank, end) of `round_` sees before the bucket mask.
 
-    Without a ring they are cut to the round; with one, low may be negative and high past the end.
+    Without a ring they are cut to the round; with one, low may be negative and high past the end. `length`
+    may be a tensor that spreads over the ranks, one sequence length a row.
     """
     if rule.bucket_window:
         low, high = rank - rule.window_before, end + rule.window_after
@@ -225,14 +226,14 @@ def _range(
     return low, high
 
 
-def _chunk_start(chunk: Tensor, chunks: int, chunk_length: int, length: int) -> Tensor:
+def _chunk_start(chunk: Tensor, chunks: int | Tensor, chunk_length: int, length: int | Tensor) -> Tensor:
     """Ring position at which a chunk starts; each round's last of `chunks` is short. Negative ones wrap."""
     round_ = torch.div(chunk, chunks, rounding_mode="floor")
     return round_ * length + (chunk - round_ * chunks) * chunk_length
 
 
-def _widest_range(rule: AttentionRule, length: int) -> int:
-    """The most ring positions that `_range` can give a query."""
+def widest_range(rule: AttentionRule, length: int) -> int:
+    """The most ring positions that `key_range` can give a query."""
     if rule.bucket_window:
         width = rule.window_before + 1 + rule.window_after
     else:

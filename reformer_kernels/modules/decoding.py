@@ -1,0 +1,265 @@
+"""Caches for generation: what a new token of each row attends to, in time that does not grow with the prefix.
+
+A cache belongs to one attention layer. It takes the whole prompt first, then one token a row at a time. The
+pair rules are those of attention over the prefix that ends in the new token. Rows never meet: each has its
+own length, buckets and keys.
+
+An LSH cache keeps each round's order in two parts: the sorted order as of the last merge, and up to
+`MERGE_EVERY` tokens appended since, sorted too. A rank in the order of both together is found by binary
+search among the latter. So a token costs O(window), and every `MERGE_EVERY`-th one a counting sort more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from reformer_kernels import _dispatch, functional
+from reformer_kernels._backend import resolve_backend
+from reformer_kernels.config import AttentionRule, LSHConfig, resolve_rule, resolve_scale
+from reformer_kernels.layout import Layout
+from reformer_kernels.ops.attention.reference import key_range, normalise_keys, widest_range
+
+MERGE_EVERY = 128
+
+T = TypeVar("T", bound="_Cache")
+
+
+class _Cache:
+    """Keys and values (B, H, room, D) of each row's latest `room` tokens: token p in place p % room.
+
+    Attributes whose names are in `PER_ROW` have a row for each sequence, first.
+    """
+
+    PER_ROW: tuple[str, ...] = ("keys", "values", "lengths")
+
+    def __init__(self, config: LSHConfig, max_length: int, room: int, shared_qk: bool) -> None:
+        self.config = config
+        self.max_length = max_length
+        self.room = min(room, max_length)
+        # Not the rule of a sequence within one chunk: those are told apart row by row.
+        self.rule = resolve_rule(config, max(max_length, config.chunk_length + 1), shared_qk=shared_qk)
+        self.started = False
+        self.keys = self.values = self.lengths = torch.empty(0)
+
+    def start(self, k: Tensor, v: Tensor) -> None:
+        """Take the prompt's keys and values, (B, H, L, D)."""
+        B, H, L, _ = k.shape
+        self.started = True
+        self.keys = k.new_zeros(B, H, self.room, k.shape[3])
+        self.values = v.new_zeros(B, H, self.room, v.shape[3])
+        self.lengths = torch.full((B,), L, dtype=torch.int64, device=k.device)
+        kept = torch.arange(max(0, L - self.room), L, device=k.device)
+        self.keys[:, :, kept % self.room] = k[:, :, kept]
+        self.values[:, :, kept % self.room] = v[:, :, kept]
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Take one token more a row, k and v (B, H, 1, D)."""
+        row = torch.arange(k.shape[0], device=k.device)
+        place = self.lengths % self.room
+        self.keys[row, :, place] = k[:, :, 0].to(self.keys.dtype)
+        self.values[row, :, place] = v[:, :, 0].to(self.values.dtype)
+        self.lengths = self.lengths + 1
+
+    def attend(self, q: Tensor, j: Tensor, visible: Tensor, alone: Tensor | None) -> Tensor:
+        """softmax(scale * q . k_j - log N_j) v_j over the visible j, (B, H, 1, Dv).
+
+        q (B, H, 1, D); j, visible (B, H, W). N_j is how often j is visible where duplicates are corrected.
+        A row that sees nothing: `alone`, or 0.
+        """
+        B, H, _, D = q.shape
+        precision = _precision(q)
+        head = torch.arange(B * H, device=q.device).view(B, H, 1)
+        index = (head * self.room + (j % self.room).masked_fill(~visible, 0)).flatten()
+        keys = self.keys.view(-1, D).index_select(0, index).view(B, H, -1, D).to(precision)
+        values = self.values.flatten(0, 2).index_select(0, index).unflatten(0, (B, H, -1)).to(precision)
+        scale = resolve_scale(self.config.scale, D)
+        logits = scale * (keys @ q.transpose(2, 3).to(precision)).squeeze(-1)  # [B, H, W]
+        if self.rule.correct_duplicates:
+            logits = logits - _multiplicity(j.masked_fill(~visible, -1)).to(precision).log()
+        empty = ~visible.any(-1, keepdim=True)
+        logits = logits.masked_fill(~visible & ~empty, float("-inf"))
+        weights = torch.softmax(logits, dim=-1).masked_fill(~visible, 0)
+        out = weights.unsqueeze(2) @ values
+        if alone is not None:
+            out = torch.where(empty.unsqueeze(-1), alone.to(precision), out)
+        return out.to(q.dtype)
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows, in this order; a row may come several times."""
+        for name in self.PER_ROW:
+            setattr(self, name, getattr(self, name).index_select(0, rows))
+
+    @classmethod
+    def joined(cls: type[T], caches: Sequence[T]) -> T:
+        """The caches' rows one after another, of prompts that have just been taken."""
+        first = caches[0]
+        for name in cls.PER_ROW:
+            setattr(first, name, torch.cat([getattr(cache, name) for cache in caches]))
+        return first
+
+
+class LocalCache(_Cache):
+    """Of a layer that attends within chunks by position; full attention is one chunk as long as the sequence.
+
+    config: see `reformer_kernels.config.local_config`.
+    """
+
+    def __init__(self, config: LSHConfig, max_length: int) -> None:
+        # On a ring, chunks after the last are the first.
+        everything = config.ring == "rounds" and config.chunks_after > 0
+        span = (1 + config.chunks_before) * config.chunk_length
+        super().__init__(config, max_length, max_length if everything else span, shared_qk=False)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Append one token a row and attend, (B, H, 1, D) -> (B, H, 1, Dv)."""
+        rank = self.lengths[:, None, None]  # [B, 1, 1]: one round, in order of position
+        self.append(k, v)
+        j, visible, _ = _window(self.rule, rank, self.lengths)
+        visible = visible & (j <= rank)
+        j, visible = (x.expand(-1, q.shape[1], -1) for x in (j, visible))
+        return self.attend(q, j, visible, None)
+
+
+class LSHCache(_Cache):
+    """Of a layer with LSH attention: each token is hashed once.
+
+    Args:
+        config: causal, with its bucket factors given.
+        rotations: of the layer, for all of the generation.
+        max_length: of prompt and new tokens together.
+    """
+
+    PER_ROW = (*_Cache.PER_ROW, "buckets", "order", "starts", "recent", "recent_buckets")
+
+    def __init__(self, config: LSHConfig, rotations: Tensor, max_length: int, backend: str) -> None:
+        assert config.bucket_factors is not None
+        super().__init__(config, max_length, max_length, shared_qk=True)
+        self.factors = config.bucket_factors
+        self.rotations = rotations
+        self.backend = backend
+        self.buckets = self.order = self.starts = torch.empty(0)
+        self.recent = self.recent_buckets = torch.empty(0)
+
+    def prompt(self, hashed: Tensor, qk: Tensor, v: Tensor) -> Tensor:
+        """Take the prompt and attend over it, as `functional.lsh_attention`; all (B, H, L, D or Dv)."""
+        L = qk.shape[2]
+        ids = self._hash(hashed)
+        self.buckets = ids.new_zeros(*ids.shape[:3], self.max_length)
+        self.buckets[..., :L] = ids
+        self.start(normalise_keys(qk.to(_precision(qk)), self.rule.key_norm), v)
+        self._merge()
+        short = self.config.is_short(L)
+        layout = _dispatch.layout_by_position(qk) if short else Layout(self.order[..., :L], self.starts)
+        return functional.attend(qk, v, layout, self.config, backend=self.backend)
+
+    def step(self, hashed: Tensor, qk: Tensor, v: Tensor) -> Tensor:
+        """Append one token a row and attend, (B, H, 1, D) -> (B, H, 1, Dv)."""
+        if self.recent.shape[-1] == MERGE_EVERY:
+            self._merge()
+        ids = self._hash(hashed)  # [B, H, R, 1]
+        row = torch.arange(ids.shape[0], device=ids.device)
+        self.buckets[row, :, :, self.lengths] = ids[..., 0]
+        position = self.lengths[:, None, None, None].expand_as(ids)
+        self.recent_buckets, places = torch.cat([self.recent_buckets, ids], -1).sort(dim=-1, stable=True)
+        self.recent = torch.cat([self.recent, position], -1).gather(-1, places)
+        self.append(normalise_keys(qk.to(self.keys.dtype), self.rule.key_norm), v)
+        j, visible = self._window_keys(ids)
+        return self.attend(qk, j, visible & (j != self.lengths[:, None, None] - 1), v)
+
+    @classmethod
+    def joined(cls, caches: Sequence[LSHCache]) -> LSHCache:
+        longest = max(cache.order.shape[-1] for cache in caches)
+        for cache in caches:
+            cache.order = torch.nn.functional.pad(cache.order, (0, longest - cache.order.shape[-1]))
+        return super().joined(caches)
+
+    def _hash(self, hashed: Tensor) -> Tensor:
+        return functional.lsh_hash(hashed, self.rotations, self.factors, backend=self.backend)
+
+    def _merge(self) -> None:
+        """Sort all tokens of each row anew: `order` (B, H, R, longest row), `starts` of the buckets."""
+        n = math.prod(self.factors)
+        longest = int(self.lengths.max())
+        absent = torch.arange(longest, device=self.lengths.device) >= self.lengths[:, None]  # [B, longest]
+        buckets = self.buckets[..., :longest].masked_fill(absent[:, None, None], n)
+        backend = resolve_backend(self.backend, buckets.device, torch.float32)
+        self.order, self.starts = _dispatch.sort_buckets(buckets, n + 1, n + 2, backend)
+        self.recent = self.lengths.new_zeros(*buckets.shape[:3], 0)
+        self.recent_buckets = self.buckets.new_zeros(*buckets.shape[:3], 0)
+
+    def _window_keys(self, own: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys in the windows of the newest tokens, whose buckets are `own` (B, H, R, 1); (B, H, R * W).
+
+        Also which of them are seen.
+        """
+        R, m = self.recent.shape[2:]
+        length = self.lengths[:, None, None, None]
+        # A recent token's rank: after all merged ones up to its bucket and the recent ones sorted before it.
+        merged_before = self.starts.gather(-1, self.recent_buckets.long() + 1)
+        recent_rank = merged_before + torch.arange(m, device=own.device)  # [B, H, R, m], rising
+        rank = (recent_rank * (self.recent == length - 1)).sum(-1)  # [B, H, R], of the newest
+        place, visible, short = _window(self.rule, rank, self.lengths)  # [B, H, R * W]
+
+        # Places on the ring to positions: either a recent token is there, or a merged one whose rank is the
+        # place less the recent ones before it.
+        length = length[..., 0]  # [B, 1, 1]
+        round_ = place // length
+        rounds = torch.arange(R, device=own.device)[:, None]
+        recent_place = (recent_rank + rounds * length[..., None]).flatten(2)
+        before = torch.searchsorted(recent_place, place)
+        found = before.clamp_max(R * m - 1)
+        is_recent = recent_place.gather(-1, found) == place
+        merged_rank = place - before - round_ * (length - m)
+        merged = (round_ * self.order.shape[-1] + merged_rank).masked_fill(is_recent, 0)
+        recent, order = self.recent.flatten(2), self.order.flatten(2)
+        j = torch.where(is_recent, recent.gather(-1, found), order.gather(-1, merged))
+        j = torch.where(short, place, j)
+        if self.rule.bucket_mask:
+            bucket = self.buckets.flatten(2).gather(-1, round_ * self.max_length + j)
+            own_round = rounds.expand(R, place.shape[-1] // R).flatten()
+            same = (bucket == own.expand(*own.shape[:3], place.shape[-1] // R).flatten(2)) & (
+                round_ == own_round
+            )
+            visible = visible & (same | short)
+        return j, visible
+
+
+LayerCache = LocalCache | LSHCache
+
+
+def _window(rule: AttentionRule, rank: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ring places (B, ., R * W) that queries of `rank` (B, ., R) may see in rows of `lengths` (B,).
+
+    Also whether each is in range, and which rows (B, 1, 1) still fit one chunk: their tokens are not sorted,
+    they see all places 0..length-1 of the first round and nothing else.
+    """
+    R = rank.shape[-1]
+    length = lengths[:, None, None]  # [B, 1, 1]
+    round_ = torch.arange(R, device=rank.device)
+    low, high = key_range(rule, round_, rank, rank + 1, length)
+    steps = torch.arange(widest_range(rule, int(lengths.max())), device=rank.device)
+    place = low[..., None] + steps  # [B, ., R, W]
+    visible = (place < high[..., None]).flatten(2)
+    place = (place % (R * length[..., None])).flatten(2)
+    short = torch.zeros_like(length, dtype=torch.bool) if rule.bucket_window else length <= rule.chunk_length
+    if short.any():
+        number = torch.arange(R * steps.numel(), device=rank.device)
+        inside = (number < length) & (number < steps.numel())
+        place = torch.where(short, number * inside, place)
+        visible = torch.where(short, inside, visible)
+    return place, visible, short
+
+
+def _multiplicity(j: Tensor) -> Tensor:
+    """How often each number of a row of `j` (..., W) is in that row."""
+    ordered = j.sort(dim=-1).values
+    return torch.searchsorted(ordered, j, right=True) - torch.searchsorted(ordered, j)
+
+
+def _precision(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
