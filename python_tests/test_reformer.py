@@ -158,14 +158,18 @@ def test_embeddings_in_place_of_tokens() -> None:
 
 
 def test_appended_tokens_change_no_earlier_output() -> None:
-    model = lm(small(layers=("lsh", "local", "lsh"), token_context=2)).eval()
     tokens = tokens_of(1, 100)
-    whole = model(tokens, bucket_length=100)
-    for length in (1, 2, 9, 50, 99):
-        assert_close(model(tokens[:, :length], bucket_length=100), whole[:, :length], 1e-12)
-    # At a fixed bucket_length or at its own, one function.
-    assert torch.equal(whole, model(tokens))
-    assert not torch.allclose(model(tokens[:, :50]), whole[:, :50])
+    for bucket_length in (None, 64):
+        model = lm(small(layers=("lsh", "local", "lsh"), token_context=2, bucket_length=bucket_length)).eval()
+        whole = model(tokens)
+        for length in (1, 2, 9, 50, 99):
+            assert_close(model(tokens[:, :length]), whole[:, :length], 1e-12)
+        assert torch.equal(model(tokens, bucket_length=bucket_length or 200), whole)
+        assert not torch.allclose(model(tokens, bucket_length=500), whole)
+    # Where later tokens are seen anyway, buckets follow the length.
+    model = lm(small(layers=("lsh",), causal=False)).eval()
+    assert torch.equal(model(tokens), model(tokens, bucket_length=100))
+    assert not torch.allclose(model(tokens), model(tokens, bucket_length=200))
 
 
 def test_the_loss_is_the_cross_entropy_of_the_logits_and_makes_none(monkeypatch: pytest.MonkeyPatch) -> None:
