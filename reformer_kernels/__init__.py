@@ -4,28 +4,34 @@ from . import functional
 from .config import LSHConfig
 from .layout import Layout
 from .modules import (
+    AttentionReplacement,
     AxialPositionalEmbedding,
     ChunkedFeedForward,
     LocalSelfAttention,
     LSHSelfAttention,
+    MultiheadAttention,
     Reformer,
     ReformerConfig,
     ReformerLM,
     ReversibleBlock,
     ReversibleSequence,
+    replace_attention,
 )
 
 __all__ = [
+    "AttentionReplacement",
     "AxialPositionalEmbedding",
     "ChunkedFeedForward",
     "LSHConfig",
     "LSHSelfAttention",
     "Layout",
     "LocalSelfAttention",
+    "MultiheadAttention",
     "Reformer",
     "ReformerConfig",
     "ReformerLM",
     "ReversibleBlock",
     "ReversibleSequence",
     "functional",
+    "replace_attention",
 ]

@@ -2,6 +2,7 @@
 
 from reformer_kernels.modules.attention import FullSelfAttention, LocalSelfAttention, LSHSelfAttention
 from reformer_kernels.modules.feed_forward import ChunkedFeedForward
+from reformer_kernels.modules.multihead_attention import MultiheadAttention
 from reformer_kernels.modules.positions import (
     AxialPositionalEmbedding,
     LearnedPositionalEmbedding,
@@ -10,15 +11,18 @@ from reformer_kernels.modules.positions import (
 )
 from reformer_kernels.modules.reformer import Reformer, ReformerLM
 from reformer_kernels.modules.reformer_config import ReformerConfig
+from reformer_kernels.modules.replace import AttentionReplacement, replace_attention
 from reformer_kernels.modules.reversible import ReversibleBlock, ReversibleSequence
 
 __all__ = [
+    "AttentionReplacement",
     "AxialPositionalEmbedding",
     "ChunkedFeedForward",
     "FullSelfAttention",
     "LSHSelfAttention",
     "LearnedPositionalEmbedding",
     "LocalSelfAttention",
+    "MultiheadAttention",
     "Reformer",
     "ReformerConfig",
     "ReformerLM",
@@ -26,4 +30,5 @@ __all__ = [
     "ReversibleSequence",
     "RotaryPositions",
     "SinusoidalPositionalEmbedding",
+    "replace_attention",
 ]

@@ -57,7 +57,7 @@ def _checked_dropout(dropout: float) -> float:
     return float(dropout)
 
 
-def _fresh_seed() -> Tensor:
+def fresh_seed() -> Tensor:
     """A seed from torch's global CPU generator, so that `torch.manual_seed` reproduces a training run."""
     return torch.randint(SEED_BOUND, (), dtype=torch.int64)
 
@@ -207,7 +207,7 @@ class LSHSelfAttention(_SelfAttention):
         if n_hashes is not None:
             config = dataclasses.replace(config, n_hashes=_positive("n_hashes", n_hashes))
         if seed is None:
-            seed = _fresh_seed() if self.training else self.seed
+            seed = fresh_seed() if self.training else self.seed
         hashed, qk, v = self._project(x, positions)
         if bucket_length is not None and layout is None:
             config, rotations = self._fixed_buckets(config, rotations, seed, bucket_length)
@@ -395,7 +395,7 @@ class LocalSelfAttention(_SelfAttention):
     ) -> Tensor:
         dropout_p = self._dropout_p()
         if seed is None and dropout_p > 0.0:
-            seed = _fresh_seed()
+            seed = fresh_seed()
         return functional.local_attention(
             q,
             k,
