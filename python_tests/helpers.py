@@ -101,3 +101,21 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float | None = Non
     limit = TOLERANCE[actual.dtype] if tolerance is None else tolerance
     error = relative_error(actual, expected)
     assert error <= limit, f"relative error {error:.3g} > {limit:.3g}"
+
+
+def near_ties(x: Tensor, rotations: Tensor, factors: tuple[int, ...]) -> Tensor:
+    """(B, H, R, L): where, in some factor, the best two of [xR; -xR] are closer than float32 can tell."""
+    projected = torch.einsum("bhld,hdrc->bhrlc", x.double(), rotations.double().expand(x.size(1), -1, -1, -1))
+    # The error of a float32 dot product is relative to the sum of its terms' magnitudes.
+    size = torch.einsum(
+        "bhld,hdrc->bhrlc", x.double().abs(), rotations.double().abs().expand(x.size(1), -1, -1, -1)
+    )
+    close = torch.zeros(projected.shape[:-1], dtype=torch.bool)
+    column = 0
+    for factor in factors:
+        part = projected[..., column : column + factor // 2]
+        scale = size[..., column : column + factor // 2].amax(-1)
+        best = torch.cat([part, -part], dim=-1).topk(2, dim=-1).values
+        close |= best[..., 0] - best[..., 1] < 1e-5 * scale
+        column += factor // 2
+    return close

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from python_tests.helpers import near_ties
 from python_tests.native_tools import isa, poisoned_memory, runnable_isas, torch_threads
 from reformer_kernels.config import automatic_factors
 from reformer_kernels.ops.hash import op, reference
@@ -25,24 +26,6 @@ def native_hash(
 ) -> Tensor:
     with poisoned_memory():
         return torch.ops.reformer_kernels.native_lsh_hash(x, rotations, factors, span, padding)
-
-
-def near_ties(x: Tensor, rotations: Tensor, factors: tuple[int, ...]) -> Tensor:
-    """(B, H, R, L): where, in some factor, the best two of [xR; -xR] are closer than float32 can tell."""
-    projected = torch.einsum("bhld,hdrc->bhrlc", x.double(), rotations.double().expand(x.size(1), -1, -1, -1))
-    # The error of a float32 dot product is relative to the sum of its terms' magnitudes.
-    size = torch.einsum(
-        "bhld,hdrc->bhrlc", x.double().abs(), rotations.double().abs().expand(x.size(1), -1, -1, -1)
-    )
-    close = torch.zeros(projected.shape[:-1], dtype=torch.bool)
-    column = 0
-    for factor in factors:
-        part = projected[..., column : column + factor // 2]
-        scale = size[..., column : column + factor // 2].amax(-1)
-        best = torch.cat([part, -part], dim=-1).topk(2, dim=-1).values
-        close |= best[..., 0] - best[..., 1] < 1e-5 * scale
-        column += factor // 2
-    return close
 
 
 def assert_same_ids(x: Tensor, rotations: Tensor, factors: tuple[int, ...], padding: Tensor | None) -> None:
@@ -283,5 +266,5 @@ def test_compiles_with_a_symbolic_length() -> None:
 
     for L in (40, 100, 333, 7000):
         x = torch.randn(1, 1, L, 8)
-        assert torch.equal(double(x), 2 * op._cpu(x, rotations, [], 16, None))
+        assert torch.equal(double(x), 2 * op._native_hash(x, rotations, [], 16, None))
     assert counter.frame_count <= 2

@@ -1,4 +1,4 @@
-"""LSH hashing in native code: the operator `torch.ops.reformer_kernels.native_lsh_hash`."""
+"""The operators of LSH hashing: `torch.ops.reformer_kernels.native_lsh_hash` and `triton_lsh_hash`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from reformer_kernels import _native
 from reformer_kernels.config import automatic_factors
 
 _library = torch.library.Library("reformer_kernels", "FRAGMENT")
-_library.define(
-    "native_lsh_hash(Tensor x, Tensor rotations, int[] factors, int span, Tensor? padding, "
-    "SymInt? length=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+for _name in ("native_lsh_hash", "triton_lsh_hash"):
+    _library.define(
+        f"{_name}(Tensor x, Tensor rotations, int[] factors, int span, Tensor? padding, "
+        "SymInt? length=None) -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
 
 
 def _check(x: Tensor, rotations: Tensor, factors: Sequence[int], span: int, padding: Tensor | None) -> None:
@@ -41,7 +42,14 @@ def _check(x: Tensor, rotations: Tensor, factors: Sequence[int], span: int, padd
         raise ValueError(f"padding must be (B, L), got shape {tuple(padding.shape)}")
 
 
-def _cpu(
+def _resolve_factors(x: Tensor, factors: Sequence[int], span: int, length: int | None) -> Sequence[int]:
+    """Without factors, they are automatic: from `span` and `length`, by default that of x."""
+    if not factors and span >= 1 and x.dim() == 4:
+        return automatic_factors(x.size(2) if length is None else length, span)
+    return factors
+
+
+def _native_hash(
     x: Tensor,
     rotations: Tensor,
     factors: Sequence[int],
@@ -49,9 +57,7 @@ def _cpu(
     padding: Tensor | None,
     length: int | None = None,
 ) -> Tensor:
-    """Without factors, they are automatic: from `span` and `length`, by default that of x."""
-    if not factors and span >= 1 and x.dim() == 4:
-        factors = automatic_factors(x.size(2) if length is None else length, span)
+    factors = _resolve_factors(x, factors, span, length)
     _check(x, rotations, factors, span, padding)
     native = _native.extension()
     if x.size(3) > 1 and x.stride(3) != 1:
@@ -88,6 +94,35 @@ def _cpu(
     return buckets
 
 
+def _triton_hash(
+    x: Tensor,
+    rotations: Tensor,
+    factors: Sequence[int],
+    span: int,
+    padding: Tensor | None,
+    length: int | None = None,
+) -> Tensor:
+    from reformer_kernels.ops.hash import triton_kernels  # here, because importing triton takes a while
+
+    factors = _resolve_factors(x, factors, span, length)
+    _check(x, rotations, factors, span, padding)
+    for name, tensor, dtypes in (
+        ("x", x, tuple(_native.DTYPES)),
+        ("rotations", rotations, (torch.float32,)),
+        ("padding", padding, (torch.bool,)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{name} must be one of {dtypes}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on {x.device}, as x, got {tensor.device}")
+    if padding is not None and padding.shape != (x.size(0), x.size(2)):
+        raise ValueError(f"padding must have shape {(x.size(0), x.size(2))}, got {tuple(padding.shape)}")
+    x = x if x.size(3) == 1 or x.stride(3) == 1 else x.contiguous()
+    return triton_kernels.lsh_hash(x, rotations, factors, padding)
+
+
 def _fake(
     x: Tensor,
     rotations: Tensor,
@@ -100,5 +135,8 @@ def _fake(
     return x.new_empty((x.size(0), x.size(1), rotations.size(2), x.size(2)), dtype=torch.int32)
 
 
-_library.impl("native_lsh_hash", _cpu, "CPU")
-torch.library.register_fake("reformer_kernels::native_lsh_hash", _fake, lib=_library)
+_library.impl("native_lsh_hash", _native_hash, "CPU")
+for _device in ("CUDA", "CPU"):  # the CPU's is Triton's interpreter
+    _library.impl("triton_lsh_hash", _triton_hash, _device)
+for _name in ("native_lsh_hash", "triton_lsh_hash"):
+    torch.library.register_fake(f"reformer_kernels::{_name}", _fake, lib=_library)
