@@ -66,6 +66,11 @@ void check(Status status) {
   }
 }
 
+// Raises RuntimeError for what CUDA said went wrong.
+[[maybe_unused]] void check_cuda(const char* error) {
+  if (error) throw std::runtime_error(std::string("CUDA: ") + error);
+}
+
 py::dict cuda_info() {
   py::dict info;
 #ifdef REFORMER_HAS_CUDA
@@ -117,8 +122,15 @@ PYBIND11_MODULE(_C, m) {
       .field("buckets", &SortParams::buckets)
       .field("order", &SortParams::order)
       .field("starts", &SortParams::starts)
-      .field("threads", &SortParams::threads);
+      .field("threads", &SortParams::threads)
+      .field("device", &SortParams::device)
+      .field("stream", &SortParams::stream)
+      .field("workspace", &SortParams::workspace);
   m.def("bucket_sort", &bucket_sort, kNoGil);
+#ifdef REFORMER_HAS_CUDA
+  m.def("cuda_bucket_sort_workspace_bytes", &cuda::bucket_sort_workspace_bytes);
+  m.def("cuda_bucket_sort", [](const SortParams& params) { check_cuda(cuda::bucket_sort(params)); }, kNoGil);
+#endif
 
   Fields<AttentionRule>(m, "AttentionRule")
       .field("bucket_window", &AttentionRule::bucket_window)

@@ -45,15 +45,26 @@ void lsh_hash(const HashParams& params);
 
 // buckets (segments, L) to order (segments, L), stable by (bucket, position), and starts
 // (segments, starts_size), starts_size >= n_buckets + 1; entries after n_buckets hold L.
-// Ids below 0 or above n_buckets - 1 count as the nearest bucket.
+// Ids below 0 or above n_buckets - 1 count as the nearest bucket. L and n_buckets are below 2^31 - 1.
 struct SortParams {
   int64_t segments = 0, L = 0, n_buckets = 0, starts_size = 0;
   const int32_t* buckets = nullptr;
   int32_t* order = nullptr;
   int32_t* starts = nullptr;
-  int32_t threads = 1;
+  int32_t threads = 1;  // on the CPU
+  // On a GPU:
+  int32_t device = 0;
+  void* stream = nullptr;     // a cudaStream_t
+  void* workspace = nullptr;  // bucket_sort_workspace_bytes() long, 256-byte aligned
 };
 void bucket_sort(const SortParams& params);
+
+// Kernels of NVIDIA GPUs, defined where the build has CUDA. Pointers are to memory of `device`; a call
+// enqueues its work in `stream` and does not wait for it. It returns null, or what CUDA said went wrong.
+namespace cuda {
+size_t bucket_sort_workspace_bytes(const SortParams& params);
+const char* bucket_sort(const SortParams& params);
+}  // namespace cuda
 
 enum class KeyNorm : int32_t { kNone = 0, kRms = 1, kL2 = 2 };
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Storage dtypes of the native kernels, as csrc/kernels.h numbers them."""
 
+CPU = torch.device("cpu")
+
 _forked = False
 
 
@@ -75,6 +77,19 @@ def extension() -> Any:
     return _loaded
 
 
+def _cuda_missing() -> str | None:
+    if isinstance(_loaded, str):
+        return _loaded
+    if torch.version.hip is not None:
+        return "they are CUDA C++, and this torch was built for ROCm"
+    cuda: Any = _loaded.cuda_info()
+    return None if cuda["built"] else f"the native extension was built without CUDA ({cuda['reason']})"
+
+
+CUDA_MISSING = _cuda_missing()
+"""Why the native kernels for CUDA tensors cannot run, whatever the GPU; None where they can."""
+
+
 def threads() -> int:
     """Threads for one kernel call: torch's number, and 1 in a forked child."""
     return 1 if _forked else torch.get_num_threads()
@@ -87,12 +102,14 @@ def pointer(
     shape: Sequence[int],
     dtypes: Sequence[torch.dtype],
     rows: bool = False,
+    device: torch.device = CPU,
 ) -> int:
     """The address of `tensor`, once it is known to be what a kernel expects.
 
-    Checks that it is a dense CPU tensor of exactly `shape`, of one of `dtypes`, and contiguous; or, with
-    `rows`, of any strides whose last dimension is contiguous. TypeError for a wrong kind of tensor or dtype,
-    ValueError for a wrong device, shape or stride. The caller keeps the tensor alive during the kernel.
+    Checks that it is a dense tensor on `device` of exactly `shape`, of one of `dtypes`, and contiguous; or,
+    with `rows`, of any strides whose last dimension is contiguous. TypeError for a wrong kind of tensor or
+    dtype, ValueError for a wrong device, shape or stride. The caller keeps the tensor alive during the
+    kernel; on a GPU, torch's allocator does, as long as the kernel is in the stream that is current.
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -101,8 +118,9 @@ def pointer(
         raise TypeError(f"{name} must be {accepted}, got {tensor.dtype}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} must be on the CPU for the native kernels, got device {tensor.device}")
+    if tensor.device != device:
+        place = "on the CPU for the native kernels" if device == CPU else f"on {device}"
+        raise ValueError(f"{name} must be {place}, got device {tensor.device}")
     if tensor.is_neg():
         raise ValueError(f"{name} is a view that torch negates when it is read; pass {name}.resolve_neg()")
     if tuple(tensor.shape) != tuple(shape):
