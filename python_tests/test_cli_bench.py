@@ -46,6 +46,9 @@ def test_info_tells_of_every_back_end() -> None:
     live = {(row["backend"], row["device"]): row["live"] for row in facts["backends"]}
     assert live["reference", "cpu"]
     assert live["native", "cpu"] == facts["native"]["available"]
+    (gpu_sort,) = (row for row in facts["backends"] if (row["backend"], row["device"]) == ("native", "cuda"))
+    assert gpu_sort["covers"] == "bucket_sort"
+    assert ("torch.sort" in (gpu_sort["reason"] or "")) == (not facts["native"]["cuda"]["built"])
     shown = invoke("info").output
     for part in ("reference", "native", "triton", "SIMD", "threads", str(torch.__version__)):
         assert part in shown

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from python_tests.native_tools import poisoned_memory, torch_threads
+from python_tests.sort_cases import KINDS, distribution
 from reformer_kernels.ops.sort import op, reference
 
 
@@ -26,27 +27,6 @@ def assert_sorted(buckets: Tensor, n_buckets: int, starts_size: int | None = Non
     assert order.dtype == starts.dtype == torch.int32
     assert torch.equal(order, expected_order)
     assert torch.equal(starts, expected_starts)
-
-
-def distribution(kind: str, shape: tuple[int, ...], n: int) -> Tensor:
-    L = shape[-1]
-    ids = torch.randint(0, n, shape)
-    if kind == "equal":
-        ids.fill_(n // 2)
-    elif kind == "sorted":
-        ids = ids.sort(dim=-1).values
-    elif kind == "reversed":
-        ids = ids.sort(dim=-1, descending=True).values
-    elif kind == "distinct":
-        ids = (torch.argsort(torch.rand(shape), dim=-1) * n) // max(L, 1)
-    elif kind == "one huge bucket":
-        ids = torch.where(torch.rand(shape) < 0.95, n - 1, ids)
-    elif kind == "out of range":
-        ids = torch.randint(-(2**31), 2**31, shape)
-    return ids.to(torch.int32)
-
-
-KINDS = ["uniform", "equal", "sorted", "reversed", "distinct", "one huge bucket", "out of range"]
 
 
 @settings(max_examples=120, deadline=None)

@@ -7,6 +7,8 @@ from typing import Literal, get_args
 
 import torch
 
+from . import _native
+
 Backend = Literal["auto", "reference", "native", "triton"]
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,7 +41,10 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
         )
     if backend == "native":
         if device.type != "cpu":
-            raise RuntimeError(f"backend='native' runs on the CPU, got tensors on {device}; use 'reference'")
+            raise RuntimeError(
+                f"backend='native' runs on the CPU, got tensors on {device}; use 'reference' "
+                "(on CUDA tensors, bucket_sort is the one function with a native kernel)"
+            )
         if dtype not in NATIVE_DTYPES:
             accepted = ", ".join(str(d).removeprefix("torch.") for d in NATIVE_DTYPES)
             raise RuntimeError(f"backend='native' takes {accepted}, got {dtype}; use backend='reference'")
@@ -50,3 +55,20 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
                 "or pass backend='reference', which is slow"
             ) from NATIVE_ERROR
     return backend
+
+
+def resolve_sort_backend(backend: str, device: torch.device) -> str:
+    """`resolve_backend` for `bucket_sort`, whose native kernel also takes CUDA tensors: their default.
+
+    Without it (no CUDA in the build) "auto" sorts CUDA tensors with `torch.sort`, which is the reference.
+    """
+    if device.type != "cuda" or backend not in ("auto", "native"):
+        return resolve_backend(backend, device, torch.float32)
+    if _native.CUDA_MISSING is None:
+        return "native"
+    if backend == "auto":
+        return "reference"
+    raise RuntimeError(
+        f"backend='native' cannot sort CUDA tensors: {_native.CUDA_MISSING}; use 'auto' or 'reference', "
+        "which is torch.sort"
+    )

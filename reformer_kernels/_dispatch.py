@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._backend import resolve_sort_backend
 from ._checks import refuse_forward_mode
 from .config import AttentionRule, LSHConfig, automatic_factors, cross_span, sees_all
 from .layout import Layout
@@ -44,6 +45,9 @@ def hash_rows(
 
 
 def sort_buckets(buckets: Tensor, n_buckets: int, starts_size: int, backend: str) -> tuple[Tensor, Tensor]:
+    """Where attention is Triton's, the sort is CUDA C++ if the build has it, else `torch.sort`."""
+    if backend == "triton":
+        backend = resolve_sort_backend("auto", buckets.device)
     if backend == "native":
         return torch.ops.reformer_kernels.native_bucket_sort(buckets.contiguous(), n_buckets, starts_size)
     return sort_reference.bucket_sort(buckets, n_buckets, starts_size)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import _autocast, _dispatch
-from ._backend import resolve_backend
+from ._backend import resolve_backend, resolve_sort_backend
 from ._checks import (
     MAX_HEAD_DIM,
     MAX_LENGTH,
@@ -119,6 +119,8 @@ def bucket_sort(buckets: Tensor, n_buckets: int, backend: str = "auto") -> Tenso
 
     buckets (..., L) int32 or int64, ids in 0..n_buckets-1 (padding's extra bucket counts); ids outside
     count as the nearest bucket. -> order, the same shape, int32: a permutation of 0..L-1 a row.
+
+    The one function whose back end "native" takes CUDA tensors, where the extension was built with CUDA.
     """
     check_tensor("buckets", buckets)
     if buckets.dtype not in (torch.int32, torch.int64):
@@ -126,7 +128,7 @@ def bucket_sort(buckets: Tensor, n_buckets: int, backend: str = "auto") -> Tenso
     if buckets.dim() < 1 or buckets.shape[-1] < 1:
         raise ValueError(f"buckets must be (..., L) with L >= 1, got shape {tuple(buckets.shape)}")
     check_integer("n_buckets", n_buckets, 1, 2**31 - 2)
-    backend = resolve_backend(backend, buckets.device, torch.float32)
+    backend = resolve_sort_backend(backend, buckets.device)
     # Clamped before it narrows, so that an int64 id cannot wrap around.
     ids = buckets.clamp(0, n_buckets - 1).to(torch.int32)
     segments = ids.reshape(math.prod(ids.shape[:-1]), 1, 1, ids.shape[-1])

@@ -112,5 +112,5 @@ class StandIn:
         wrong = (ours != theirs).nonzero().flatten()
         first = int(wrong[0])
         return (
-            f"{len(wrong)} of {len(ours)} integers differ, the first is {first}: {ours[first]}, {theirs[first]}"
+            f"{len(wrong)} of {len(ours)} integers differ, first at {first}: {ours[first]}, {theirs[first]}"
         )

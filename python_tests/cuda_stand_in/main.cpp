@@ -6,8 +6,8 @@
 //   OUTPUT    for each case the int32 order and starts
 #include <vector>
 
-#include "kernels.h"
 #include "cuda/primitives.h"
+#include "kernels.h"
 // Written by the test: the variants, each in a namespace of its own, and kVariants.
 #include "variants.h"
 

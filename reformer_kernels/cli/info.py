@@ -11,27 +11,39 @@ import typer
 from rich.table import Table
 
 from reformer_kernels import _native
-from reformer_kernels._backend import resolve_backend
+from reformer_kernels._backend import resolve_backend, resolve_sort_backend
 from reformer_kernels.cli import machine
 from reformer_kernels.cli.arguments import new_console
 
+EVERYTHING, SORT = "all operations", "bucket_sort"
+# back end, device, language, what it covers
 PLACES = (
-    ("reference", "cpu", "PyTorch"),
-    ("native", "cpu", "C++"),
-    ("native", "cuda", "CUDA C++"),
-    ("triton", "cuda", "Triton"),
+    ("reference", "cpu", "PyTorch", EVERYTHING),
+    ("native", "cpu", "C++", EVERYTHING),
+    ("native", "cuda", "CUDA C++", SORT),
+    ("triton", "cuda", "Triton", EVERYTHING),
 )
+
+
+def _try(backend: str, device: str, covers: str) -> None:
+    """RuntimeError with the reason where a back end cannot run."""
+    if covers == SORT and _native.CUDA_MISSING is not None:
+        raise RuntimeError(f"{_native.CUDA_MISSING}; bucket_sort on CUDA tensors takes torch.sort")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("torch finds no CUDA device")
+    if covers == SORT:
+        resolve_sort_backend(backend, torch.device(device))
+    else:
+        resolve_backend(backend, torch.device(device), torch.float32)
 
 
 def gather() -> dict[str, Any]:
     """The facts that `info` prints."""
     native = _native.info()
     backends = []
-    for backend, device, language in PLACES:
+    for backend, device, language, covers in PLACES:
         try:
-            if device == "cuda" and not torch.cuda.is_available():
-                raise RuntimeError("torch finds no CUDA device")
-            resolve_backend(backend, torch.device(device), torch.float32)
+            _try(backend, device, covers)
             reason = None
         except (RuntimeError, ValueError, NotImplementedError) as error:
             reason = str(error)
@@ -40,6 +52,7 @@ def gather() -> dict[str, Any]:
                 "backend": backend,
                 "device": device,
                 "language": language,
+                "covers": covers,
                 "live": reason is None,
                 "reason": reason,
             }
@@ -84,9 +97,11 @@ def info(
     table.add_row("GPU", ", ".join(facts["gpus"]) or "none that torch finds")
     console.print(table, highlight=False)
     backends = Table()
-    for title in ("back end", "device", "language", "live", "why not"):
+    for title in ("back end", "device", "language", "covers", "live", "why not"):
         backends.add_column(title, overflow="fold")
     for row in facts["backends"]:
         live = "[green]yes[/]" if row["live"] else "[red]no[/]"
-        backends.add_row(row["backend"], row["device"], row["language"], live, row["reason"] or "")
+        backends.add_row(
+            row["backend"], row["device"], row["language"], row["covers"], live, row["reason"] or ""
+        )
     console.print(backends)

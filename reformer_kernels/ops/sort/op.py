@@ -1,7 +1,7 @@
 """Stable counting sort of bucket ids in native code: `torch.ops.reformer_kernels.native_bucket_sort`.
 
-CPU tensors, and CUDA tensors where the extension was built with CUDA (no synchronisation, nothing that depends
-on the ids' values: a CUDA graph can capture it).
+CPU tensors, and CUDA tensors where the extension was built with CUDA (no synchronisation, and nothing that
+depends on the ids' values: a CUDA graph can capture it).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _native_sort(buckets: Tensor, n_buckets: int, starts_size: int) -> tuple[Ten
 
 
 def _enqueue(native: Any, params: Any, device: torch.device) -> None:
-    """On the current stream. The workspace is that stream's too: torch may reuse it in work enqueued later."""
+    """On the current stream. The workspace is that stream's too: only work enqueued later reuses it."""
     if _native.CUDA_MISSING is not None:
         raise RuntimeError(f"the native bucket sort cannot take CUDA tensors: {_native.CUDA_MISSING}")
     with torch.cuda.device(device):
