@@ -1,8 +1,18 @@
-"""Hugging Face Reformer models: put the kernels under a loaded model, in place.
+"""Hugging Face Reformers: put our kernels under a loaded model, or read and write its checkpoints.
 
-Nothing here imports transformers before a function that needs it is called.
+Nothing here imports transformers before `accelerate` or `restore` is called.
 """
 
 from .acceleration import Acceleration, accelerate, restore
+from .checkpoint import from_pretrained, save_pretrained
+from .conversion import load_state_dict, state_dict
 
-__all__ = ["Acceleration", "accelerate", "restore"]
+__all__ = [
+    "Acceleration",
+    "accelerate",
+    "from_pretrained",
+    "load_state_dict",
+    "restore",
+    "save_pretrained",
+    "state_dict",
+]

@@ -2,6 +2,7 @@
 
 from reformer_kernels.modules.attention import FullSelfAttention, LocalSelfAttention, LSHSelfAttention
 from reformer_kernels.modules.feed_forward import ChunkedFeedForward
+from reformer_kernels.modules.heads import ReformerClassifier, ReformerQuestionAnswering
 from reformer_kernels.modules.multihead_attention import MultiheadAttention
 from reformer_kernels.modules.positions import (
     AxialPositionalEmbedding,
@@ -24,8 +25,10 @@ __all__ = [
     "LocalSelfAttention",
     "MultiheadAttention",
     "Reformer",
+    "ReformerClassifier",
     "ReformerConfig",
     "ReformerLM",
+    "ReformerQuestionAnswering",
     "ReversibleBlock",
     "ReversibleSequence",
     "RotaryPositions",
