@@ -232,7 +232,7 @@ def test_restore_leaves_nothing_behind() -> None:
     before = [(type(m), dict(vars(m)), list(m.parameters())) for m in layers_of(model)]
     expected = model(ids).logits
     names = hf.accelerate(model).replaced
-    assert names == [f"reformer.encoder.layers.{i}.attention.self_attention" for i in range(4)]
+    assert names == tuple(f"reformer.encoder.layers.{i}.attention.self_attention" for i in range(4))
     for change in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
         other = change(model)
         assert torch.equal(other(ids).logits, model(ids).logits)
@@ -240,7 +240,7 @@ def test_restore_leaves_nothing_behind() -> None:
         assert hf.restore(other) == names and torch.equal(other(ids).logits, expected)
     assert list(model.state_dict()) == keys
     assert hf.accelerate(model).replaced == names  # again
-    assert hf.restore(model) == names and hf.restore(model) == []
+    assert hf.restore(model) == names and hf.restore(model) == ()
     for layer, (kind, attributes, parameters) in zip(layers_of(model), before, strict=True):
         assert type(layer) is kind and vars(layer) == attributes
         assert all(a is b for a, b in zip(layer.parameters(), parameters, strict=True))
@@ -256,14 +256,21 @@ def test_the_report_and_wrong_use(monkeypatch: pytest.MonkeyPatch) -> None:
             peer.LSHSelfAttention(config()),
             Own(config()),
             peer.LocalSelfAttention(config(attention_head_size=257)),
+            peer.LocalSelfAttention(config()),
             nn.Linear(2, 2),
         ]
     )
+    whole[3].forward = whole[3].forward
     done = hf.accelerate(whole)
-    assert done.replaced == ["0"] and list(done.left) == ["1", "2"]
-    assert str(done).splitlines()[0] == "1 layers accelerated, 2 left"
-    assert "Own" in done.left["1"] and "257" in done.left["2"] and type(whole[1]) is Own
-    assert hf.accelerate(peer.LocalSelfAttention(config())).replaced == [""]
+    assert done.replaced == ("0",) and list(done.left) == ["1", "2", "3"]
+    assert str(done).splitlines()[0] == "1 layers accelerated, 3 left"
+    assert (
+        "replaced on the object" in done.left["3"]
+        and "Own" in done.left["1"]
+        and "257" in done.left["2"]
+        and type(whole[1]) is Own
+    )
+    assert hf.accelerate(peer.LocalSelfAttention(config())).replaced == ("",)
     for call in (hf.accelerate, hf.restore):
         with pytest.raises(TypeError, match=r"torch\.nn\.Module, got str"):
             call("model")  # type: ignore[operator]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, get_args
 
 from torch import nn
@@ -20,8 +20,8 @@ class Acceleration:
         left: names of the attention layers that stay as they were, each with the reason.
     """
 
-    replaced: list[str] = field(default_factory=list)
-    left: dict[str, str] = field(default_factory=dict)
+    replaced: tuple[str, ...]
+    left: dict[str, str]
 
     def __str__(self) -> str:
         lines = [f"{len(self.replaced)} layers accelerated, {len(self.left)} left"]
@@ -66,29 +66,27 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> Acceleration:
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(map(repr, get_args(Backend)))}, got {backend!r}")
     layers = _layers()
-    done = Acceleration()
+    replaced, left = [], {}
     for name, module in _modules(model):
         original = layers.ORIGINAL.get(type(module), type(module))
         if original in layers.ACCELERATED:
             reason = _why_not(module)
             if reason is None:
                 layers.substitute(module, backend)
-                done.replaced.append(name)
+                replaced.append(name)
             else:
-                done.left[name] = reason
+                left[name] = reason
         elif isinstance(module, tuple(layers.ACCELERATED)):
-            done.left[name] = (
-                f"its class {type(module).__qualname__} is a subclass that may compute otherwise"
-            )
-    if not done.replaced and not done.left:
+            left[name] = f"its class {type(module).__qualname__} is a subclass that may compute otherwise"
+    if not replaced and not left:
         raise TypeError(
             f"model must hold transformers' Reformer attention layers, got a {kind_of(model)} without one; "
             "give a ReformerModel or one of its heads"
         )
-    return done
+    return Acceleration(tuple(replaced), left)
 
 
-def restore(model: nn.Module) -> list[str]:
+def restore(model: nn.Module) -> tuple[str, ...]:
     """Undo `accelerate`: the layers get their own classes back. Parameters are not touched.
 
     Returns the names of the layers that changed; none if the model was not accelerated.
@@ -98,7 +96,7 @@ def restore(model: nn.Module) -> list[str]:
         ImportError: transformers is not installed.
     """
     layers = _layers()
-    names = [name for name, module in _modules(model) if type(module) in layers.ORIGINAL]
+    names = tuple(name for name, module in _modules(model) if type(module) in layers.ORIGINAL)
     for name in names:
         layers.withdraw(model.get_submodule(name))
     return names
@@ -127,4 +125,6 @@ def _why_not(layer: Any) -> str | None:
         return f"its head size {layer.attention_head_size} is above {MAX_HEAD_DIM}"
     if layer.chunk_length is None:
         return "it has no chunk length"
+    if "forward" in vars(layer):
+        return "its forward was replaced on the object"
     return None

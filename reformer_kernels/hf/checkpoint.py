@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reformer_kernels._checks import kind_of
 from reformer_kernels.modules import ReformerClassifier
 
 from . import conversion
@@ -154,7 +155,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+        raise ValueError(f"{path} must hold a JSON object, got {kind_of(values)}")
     return values
 
 
@@ -202,7 +203,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} is damaged, or holds more than tensors (which is never loaded): {error}"
         ) from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a state dict, got {type(values).__name__}")
+        raise ValueError(f"{path} must hold a state dict, got {kind_of(values)}")
+    for name, value in values.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{path} must hold names and tensors, got {kind_of(value)} as {name!r}")
     return values
 
 

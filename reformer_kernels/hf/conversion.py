@@ -166,7 +166,9 @@ def config_to(model: nn.Module) -> dict[str, Any]:
         values |= {"axial_pos_shape": list(axial.shape), "axial_pos_embds_dim": list(axial.dims)}
     kept: dict[str, Any] = getattr(model, KEPT, {})
     if isinstance(model, ReformerClassifier):
-        values["classifier_dropout"] = model.dropout
+        known = kept.get("classifier_dropout")
+        if model.dropout != (config.dropout if known is None else known):
+            values["classifier_dropout"] = model.dropout
         if len(kept.get("id2label", ())) != model.n_labels:
             values["id2label"] = {str(n): f"LABEL_{n}" for n in range(model.n_labels)}
             values["label2id"] = {f"LABEL_{n}": n for n in range(model.n_labels)}
