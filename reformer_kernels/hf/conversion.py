@@ -336,7 +336,7 @@ def load_state_dict(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     wanted, given = places(model), _current_names(model, values)
     problems = [f"missing: {name}" for name in wanted if name not in given]
     problems += [f"unknown: {name}" for name in given if name not in wanted]
-    for name in wanted.keys() & given.keys():
+    for name in (name for name in wanted if name in given):
         value, shape = given[name], wanted[name].shape
         if tuple(value.shape) != shape:
             problems.append(f"wrong shape: {name} is {tuple(value.shape)}, must be {shape}")
