@@ -66,9 +66,9 @@ def bench(
     operation: Annotated[
         str,
         typer.Argument(
-            metavar="[hash|sort|attention|lsh|reversible|ffn|loss|memory]",
-            help="What to time; lsh is the whole call. The last four take --dtype, --device, --threads, "
-            "--budget, --repeats, --json and --png.",
+            metavar="[hash|sort|attention|lsh|reversible|ffn|loss|memory|model|huggingface|mha|encoder]",
+            help="What to time; lsh is the whole call. From reversible on, they take --dtype, --device, "
+            "--threads, --budget, --repeats, --json and --png.",
         ),
     ] = "lsh",
     seq_lens: Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")] = "1024,4096",

@@ -1,10 +1,8 @@
 """Time and memory of the reversible layers, the chunked feed-forward and the chunked loss, beside plain
 PyTorch.
 
-Each `bench_*` function returns rows (dicts of plain values) whose cases were timed in turns in this process:
-`case`, `phase`, `median_s`, `p20_s`, `p80_s`, `n`, `time_ratio` (to the plain case), `peak_bytes`,
-`memory_ratio` and what was asked for. Memory is what torch allocates beyond parameters, their gradients,
-inputs, outputs and their gradients.
+Each `bench_*` function returns the rows of `steps.compare`. Memory is what torch allocates beyond parameters,
+their gradients, inputs, outputs and their gradients.
 """
 
 from __future__ import annotations
@@ -22,15 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 from reformer_kernels.chunked import linear_cross_entropy
 from reformer_kernels.cli.allocations import peak_allocated
-from reformer_kernels.cli.timing import Case, Seconds, between, interleave, mark
+from reformer_kernels.cli.steps import Row, Step, compare
 from reformer_kernels.config import LSHConfig
 from reformer_kernels.modules.attention import LSHSelfAttention
 from reformer_kernels.modules.feed_forward import ChunkedFeedForward
 from reformer_kernels.modules.reversible import ReversibleSequence
-
-Row = dict[str, Any]
-Step = Callable[[], Sequence[Tensor]]
-"""One forward and backward; returns the inputs and outputs it made, which do not count as its memory."""
 
 
 class PreNorm(nn.Module):
@@ -59,47 +53,6 @@ def reversible_blocks(depth: int, width: int, d_ff: int, heads: int, attention: 
         f = LSHSelfAttention(width, heads, config) if attention == "lsh" else plain_feed_forward(width, d_ff)
         pairs.append((PreNorm(f, width), PreNorm(plain_feed_forward(width, d_ff), width)))
     return pairs
-
-
-def _rows(
-    steps: dict[str, Step], plain: str, *, budget: float, repeats: int, device: torch.device, **about: Any
-) -> list[Row]:
-    peaks = {}
-    for name, step in steps.items():
-        step()
-        kept: list[int] = []
-
-        def measured(step: Step = step, kept: list[int] = kept) -> None:
-            kept.append(sum(t.numel() * t.element_size() for t in step()))
-
-        peaks[name] = peak_allocated(measured, device) - kept[0]
-
-    def timed(step: Step) -> Callable[[], dict[str, Seconds]]:
-        def run() -> dict[str, Seconds]:
-            start = mark(device)
-            step()
-            return {"forward+backward": between(start, mark(device))}
-
-        return run
-
-    cases = {name: Case(timed(step)) for name, step in steps.items()}
-    interleave(list(cases.values()), budget=budget, max_repeats=repeats)
-    spreads = {name: case.spreads()["forward+backward"] for name, case in cases.items()}
-    return [
-        {
-            **about,
-            "case": name,
-            "phase": "forward+backward",
-            "n": spread.n,
-            "median_s": spread.median,
-            "p20_s": spread.p20,
-            "p80_s": spread.p80,
-            "time_ratio": spread.median / spreads[plain].median,
-            "peak_bytes": peaks[name],
-            "memory_ratio": peaks[name] / max(1, peaks[plain]),
-        }
-        for name, spread in spreads.items()
-    ]
 
 
 def bench_reversible(
@@ -155,7 +108,7 @@ def bench_reversible(
         "d_ff": d_ff,
         "attention": attention,
     }
-    rows = _rows(steps, "ordinary", budget=budget, repeats=repeats, device=place, **about)
+    rows = compare(steps, "ordinary", budget=budget, repeats=repeats, device=place, **about)
     exact.check()
     return rows
 
@@ -264,7 +217,7 @@ def bench_feed_forward(
 
         steps = {"plain": step(plain), "chunked": step(chunked), "checkpoint": step(checkpointed)}
         about = {"tokens": tokens, "width": width, "d_ff": d_ff, "activation": activation}
-        rows += _rows(steps, "plain", budget=budget, repeats=repeats, device=place, **about)
+        rows += compare(steps, "plain", budget=budget, repeats=repeats, device=place, **about)
     return rows
 
 
@@ -307,7 +260,7 @@ def bench_loss(
 
         steps = {"plain": step(plain), "chunked": step(chunked)}
         about = {"tokens": tokens, "width": width, "vocabulary": vocabulary, "reduction": reduction}
-        rows += _rows(steps, "plain", budget=budget, repeats=repeats, device=place, **about)
+        rows += compare(steps, "plain", budget=budget, repeats=repeats, device=place, **about)
     return rows
 
 

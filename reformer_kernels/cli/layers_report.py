@@ -1,5 +1,5 @@
-"""`reformer-kernels bench reversible | ffn | loss | memory`: runs the layers' benchmarks and shows their
-rows."""
+"""`reformer-kernels bench`, of layers (reversible, ffn, loss, memory) and of models (model, huggingface, mha,
+encoder): runs the benchmarks and shows their rows."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from reformer_kernels.cli import layers, machine
+from reformer_kernels.cli import layers, machine, models
 from reformer_kernels.cli.report import write_atomically
 
-OPERATIONS = ("reversible", "ffn", "loss", "memory")
+OPERATIONS = ("reversible", "ffn", "loss", "memory", "model", "huggingface", "mha", "encoder")
 
 Document = dict[str, Any]
 
@@ -38,6 +38,14 @@ def run(
         tables = {"Projection and loss": lambda: layers.bench_loss(**timed)}
     elif operation == "memory":
         tables = {"Peak memory": layers.bench_memory}
+    elif operation == "model":
+        tables = {"Training step of a language model": lambda: models.bench_language_model(**timed)}
+    elif operation == "huggingface":
+        tables = {"Hugging Face's LSH layer": lambda: models.bench_huggingface(**timed)}
+    elif operation == "mha":
+        tables = {"Multi-head attention": lambda: models.bench_multihead_attention(**timed)}
+    elif operation == "encoder":
+        tables = {"Transformer encoder": lambda: models.bench_encoder(**timed)}
     else:
         raise ValueError(f"operation must be one of {OPERATIONS}, got {operation!r}")
     before = torch.get_num_threads()
