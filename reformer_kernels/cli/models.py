@@ -6,6 +6,7 @@ Each `bench_*` function returns the rows of `steps.compare`; the step named firs
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,7 +21,7 @@ from reformer_kernels.cli.steps import Row, Step, compare
 from reformer_kernels.config import LSHConfig
 from reformer_kernels.modules.multihead_attention import MultiheadAttention
 from reformer_kernels.modules.reformer import ReformerLM
-from reformer_kernels.modules.reformer_config import ReformerConfig
+from reformer_kernels.modules.reformer_config import LayerKind, ReformerConfig
 from reformer_kernels.modules.replace import replace_attention
 
 VOCABULARY = 256
@@ -68,10 +69,11 @@ Loss = Callable[[nn.Module, Tensor], Tensor]
 def _our_model(
     length: int, layers: int, width: int, heads: int, n_hashes: int, chunk: int
 ) -> tuple[nn.Module, Loss]:
+    kinds: tuple[LayerKind, ...] = ("lsh",) * layers
     config = ReformerConfig(
         vocab_size=VOCABULARY,
         d_model=width,
-        layers=("lsh",) * layers,
+        layers=kinds,
         n_heads=heads,
         d_ff=4 * width,
         causal=True,
@@ -189,7 +191,7 @@ def bench_huggingface(
         hf.accelerate(accelerated)
         x = torch.randn(1, length, width, device=place, requires_grad=True)
         steps = {
-            name: _layer_step(lambda x, m=m: m["attention"](x).hidden_states, m, x, dtype)
+            name: _layer_step(functools.partial(_hidden_states, m), m, x, dtype)
             for name, m in (("Hugging Face", original), ("accelerated", accelerated))
         }
         about = {"length": length, "width": width, "heads": heads, "n_hashes": n_hashes}
@@ -222,7 +224,7 @@ def bench_multihead_attention(
         steps = {}
         for name, module in modules.items():
             module.load_state_dict(plain.state_dict())
-            steps[name] = _layer_step(lambda x, m=module: m(x, x, x, need_weights=False)[0], module, x, dtype)
+            steps[name] = _layer_step(functools.partial(_attend_to_itself, module), module, x, dtype)
         about = {"length": length, "width": width, "heads": heads}
         rows += compare(steps, "nn.MultiheadAttention", budget=budget, repeats=repeats, device=place, **about)
     return rows
@@ -253,6 +255,16 @@ def bench_encoder(
     }
     about = {"length": length, "layers": layers, "width": width, "heads": heads}
     return compare(steps, "nn.TransformerEncoder", budget=budget, repeats=repeats, device=place, **about)
+
+
+def _hidden_states(module: nn.ModuleDict, x: Tensor) -> Tensor:
+    result: Tensor = module["attention"](x).hidden_states
+    return result
+
+
+def _attend_to_itself(module: nn.Module, x: Tensor) -> Tensor:
+    result: Tensor = module(x, x, x, need_weights=False)[0]
+    return result
 
 
 def _layer_step(call: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, dtype: torch.dtype) -> Step:
