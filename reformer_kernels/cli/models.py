@@ -69,11 +69,11 @@ Loss = Callable[[nn.Module, Tensor], Tensor]
 def _our_model(
     length: int, layers: int, width: int, heads: int, n_hashes: int, chunk: int
 ) -> tuple[nn.Module, Loss]:
-    kinds: tuple[LayerKind, ...] = ("lsh",) * layers
+    kind: LayerKind = "lsh"
     config = ReformerConfig(
         vocab_size=VOCABULARY,
         d_model=width,
-        layers=kinds,
+        layers=(kind,) * layers,
         n_heads=heads,
         d_ff=4 * width,
         causal=True,
