@@ -157,6 +157,18 @@ def test_embeddings_in_place_of_tokens() -> None:
     assert torch.equal(model(embedded), model(tokens))
 
 
+def test_the_embedding_holds_the_tokens_before() -> None:
+    model = lm(small(token_context=3, positions="none")).reformer
+    tokens = torch.tensor([[5, 6, 7, 8], [9, 9, 5, 6]])
+    table = model.embedding.tokens.weight
+    assert table.shape == (90, 16)
+    assert_close(model.embedding(tokens)[0, 3], table[8] + table[30 + 7] + table[60 + 6])
+    assert_close(model.embedding(tokens)[0, :2], torch.stack([table[5], table[6] + table[30 + 5]]))
+    mask = torch.tensor([[False] * 4, [True, True, False, False]])
+    assert_close(model.embedding(tokens, padding=mask)[1, 2:], model.embedding(tokens)[0, :2])
+    assert_close(model.embedding(tokens[:1, 3:], before=tokens[:1, 1:3])[0, 0], model.embedding(tokens)[0, 3])
+
+
 def test_appended_tokens_change_no_earlier_output() -> None:
     tokens = tokens_of(1, 100)
     for bucket_length in (None, 64):

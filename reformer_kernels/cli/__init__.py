@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from reformer_kernels.cli.bench import bench
+from reformer_kernels.cli.generate import generate
 from reformer_kernels.cli.info import info
 from reformer_kernels.cli.inspect import inspect
 from reformer_kernels.cli.machine import version_of
@@ -26,6 +27,7 @@ app.command()(info)
 app.command()(bench)
 app.command()(inspect)
 app.command()(train)
+app.command()(generate)
 
 
 def _print_version(wanted: bool) -> None:

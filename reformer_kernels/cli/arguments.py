@@ -13,6 +13,9 @@ from rich.console import Console
 from reformer_kernels._backend import resolve_backend
 
 BACKENDS = ("auto", "reference", "native", "triton")
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT, as in a shell, so that a script sees that the work was cut off."""
+
 Number = TypeVar("Number", int, float)
 
 
@@ -78,3 +81,11 @@ def new_console() -> Console:
     """Standard output; where it is no terminal (a file, a pipe), wide enough for every column."""
     console = Console()
     return console if console.is_terminal else Console(width=180)
+
+
+def printable(data: bytes | str) -> str:
+    """Text for a terminal: no control characters but newlines and tabs."""
+    text = data.decode("utf-8", errors="replace") if isinstance(data, bytes) else data
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in text
+    )

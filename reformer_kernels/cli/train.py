@@ -19,12 +19,17 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text as RichText
 
-from reformer_kernels.cli.arguments import live_backend, new_console, positive, usage_error, writable_file
+from reformer_kernels.cli.arguments import (
+    INTERRUPTED,
+    live_backend,
+    new_console,
+    positive,
+    printable,
+    usage_error,
+    writable_file,
+)
 from reformer_kernels.cli.text import TextError, load_text
 from reformer_kernels.cli.training import CheckpointError, DivergedError, Recipe, Trainer, read_checkpoint
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 + SIGINT, as in a shell, so that a script sees that training was cut off."""
 
 CHANGEABLE = ("steps", "lr")
 """What a resumed run may change of its recipe."""
@@ -235,7 +240,7 @@ def _run(
         prompt = bytes(trainer.text.held_out[:PROMPT_LENGTH].tolist())
         with console.status("writing a sample"):
             written = trainer.sample(prompt, sample_length, stop=interrupt)
-        sample = RichText(_printable(prompt), style="dim").append(_printable(written), style="not dim bold")
+        sample = RichText(printable(prompt), style="dim").append(printable(written), style="not dim bold")
         console.print(Panel(sample, title="held-out text, then the model's own", title_align="left"))
     if checkpoint is not None:
         console.print(f"Saved {checkpoint}", highlight=False)
@@ -253,11 +258,3 @@ def _leave(trainer: Trainer, console: Console, checkpoint: Path | None) -> bool:
         soft_wrap=True,
     )
     return False
-
-
-def _printable(data: bytes) -> str:
-    """Text for a terminal: no control characters but newlines and tabs."""
-    text = data.decode("utf-8", errors="replace")
-    return "".join(
-        letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in text
-    )

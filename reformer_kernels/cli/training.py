@@ -8,30 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from reformer_kernels.cli.language_model import VOCABULARY, ByteLanguageModel
+from reformer_kernels.cli.language_model import byte_model
 from reformer_kernels.cli.muon import Muon
 from reformer_kernels.cli.text import Text
+from reformer_kernels.modules import checkpoint
+from reformer_kernels.modules.checkpoint import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 WARM_UP_STEPS = 20
 FINAL_LEARNING_RATE_SHARE = 0.1
 GRADIENT_NORM = 1.0
 LEARNING_RATE_SHARES = (1.0, 2.0)
 """Of the recipe's rate: AdamW's and Muon's."""
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be resumed; the message says why."""
 
 
 class DivergedError(Exception):
@@ -62,10 +58,17 @@ class Trainer:
         self.text = text
         self.step = 0
         torch.manual_seed(recipe.seed)
-        self.model = ByteLanguageModel(
-            recipe.dim, recipe.layers, recipe.heads, recipe.hashes, recipe.chunk, backend
+        self.model = byte_model(
+            dim=recipe.dim,
+            layers=recipe.layers,
+            heads=recipe.heads,
+            n_hashes=recipe.hashes,
+            chunk_length=recipe.chunk,
+            seq_len=recipe.seq_len,
+            backend=backend,
         )
-        matrices = [parameter for parameter in self.model.blocks.parameters() if parameter.dim() == 2]
+        layers = self.model.reformer.layers
+        matrices = [parameter for parameter in layers.parameters() if parameter.dim() == 2]
         held = {id(parameter) for parameter in matrices}
         others = [parameter for parameter in self.model.parameters() if id(parameter) not in held]
         self.optimizers: list[torch.optim.Optimizer] = [
@@ -105,8 +108,7 @@ class Trainer:
         """
         self.model.train()
         inputs, targets = self._batch(self.step)
-        logits = self.model(inputs)
-        loss = F.cross_entropy(logits.view(-1, VOCABULARY), targets.reshape(-1))
+        loss = self.model(inputs, labels=targets, shift_labels=False)
         if not math.isfinite(value := loss.item()):
             raise DivergedError(
                 f"the loss became {value} at step {self.step}; try a smaller --lr than {self.recipe.lr}"
@@ -133,49 +135,39 @@ class Trainer:
         done = 0
         for index in range(count):
             window = held_out[index * spacing : index * spacing + length + 1].long().unsqueeze(0)
-            logits = self.model(window[:, :-1])
-            total += F.cross_entropy(logits.view(-1, VOCABULARY), window[0, 1:]).item()
+            total += self.model(window[:, :-1], labels=window[:, 1:], shift_labels=False).item()
             done += 1
             if stop():
                 break
         return total / done / math.log(2)
 
-    @torch.no_grad()
     def sample(
         self, prompt: bytes, count: int, temperature: float = 0.8, stop: Callable[[], bool] = lambda: False
     ) -> bytes:
         """Up to `count` bytes drawn one by one after `prompt`, the same for the same weights."""
-        self.model.eval()
         generator = torch.Generator().manual_seed(self.recipe.seed)
         tokens = torch.tensor([list(prompt)], dtype=torch.int64)
-        for _ in range(count):
-            logits = self.model(tokens[:, -self.recipe.seq_len :])[0, -1]
-            chances = torch.softmax(logits.float() / temperature, -1)
-            drawn = torch.multinomial(chances, 1, generator=generator)
-            tokens = torch.cat([tokens, drawn.view(1, 1)], 1)
+        written = []
+        for token in self.model.stream(tokens, count, temperature=temperature, generator=generator):
+            written.append(int(token))
             if stop():
                 break
-        return bytes(tokens[0, len(prompt) :].tolist())
+        return bytes(written)
 
     # -- checkpoints --------------------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
-        """Write the checkpoint beside `path` and rename it, so that a crash leaves the old one whole."""
+        """Write the checkpoint; `ReformerLM.load` reads the model in it too."""
         state = {
+            **self.model.contents(),
             "format": FORMAT,
             "recipe": dataclasses.asdict(self.recipe),
             "text_sha256": self.text.sha256,
             "step": self.step,
-            "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "generator": torch.get_rng_state(),
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            torch.save(state, temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        checkpoint.write(state, path)
 
     def restore(self, state: dict[str, Any], path: Path) -> None:
         """Take up the run where `state` left it.
@@ -188,7 +180,7 @@ class Trainer:
                 f"{path} was trained on another text than {self.text.name}; resume with the same text"
             )
         try:
-            self.model.load_state_dict(state["model"])
+            self.model.load_state_dict(state["state_dict"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             torch.set_rng_state(state["generator"])
@@ -203,19 +195,14 @@ def read_checkpoint(path: Path) -> tuple[Recipe, dict[str, Any]]:
     Raises:
         CheckpointError: not there, or not a checkpoint of this program.
     """
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path} to resume")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its readers do on a damaged file
-        raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of reformer-kernels train")
+    state = checkpoint.read(path)
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of this version of reformer-kernels train")
     try:
         recipe = Recipe(**state["recipe"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not complete: {error}") from error
-    missing = {"text_sha256", "step", "model", "optimizers", "generator"} - state.keys()
+    missing = {"text_sha256", "step", "state_dict", "optimizers", "generator"} - state.keys()
     if missing:
         raise CheckpointError(f"{path} is not complete: it lacks {', '.join(sorted(missing))}")
     return recipe, state

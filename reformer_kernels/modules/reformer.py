@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from reformer_kernels import functional
 from reformer_kernels.modules import generation
 from reformer_kernels.modules.attention import FullSelfAttention, LocalSelfAttention, LSHSelfAttention
+from reformer_kernels.modules.checkpoint import Saved
 from reformer_kernels.modules.decoding import LayerCache
 from reformer_kernels.modules.feed_forward import ChunkedFeedForward
 from reformer_kernels.modules.positions import (
@@ -141,7 +142,7 @@ class FeedForwardPart(nn.Module):
         return F.dropout(self.feed_forward(x), self.dropout, self.training)
 
 
-class Reformer(nn.Module):
+class Reformer(Saved):
     """Tokens to hidden states: embedding, reversible layers, normalisation.
 
     Both residual streams start as the embedding; layer n computes y1 = x1 + attention(norm(x2)),
@@ -182,6 +183,13 @@ class Reformer(nn.Module):
         )
         self.norm = _norm(config, config.d_out)
         self.reset_parameters()
+
+    def config_dict(self) -> dict[str, Any]:
+        return self.config.to_dict()
+
+    @classmethod
+    def from_config_dict(cls, config: dict[str, Any]) -> Reformer:
+        return cls(ReformerConfig.from_dict(config))
 
     def reset_parameters(self) -> None:
         """Weights from a normal distribution, biases 0, from torch's global generator."""
@@ -285,7 +293,7 @@ class Reformer(nn.Module):
             )
 
 
-class ReformerLM(nn.Module):
+class ReformerLM(Saved):
     """A language model: a `Reformer` and a linear head. Causal where `config.causal`, else masked.
 
     logits = hidden head.weight' + head.bias, V of them a token. Given labels it returns the loss in their
@@ -304,16 +312,25 @@ class ReformerLM(nn.Module):
         super().__init__()
         self.reformer = Reformer(config)
         self.head = nn.Linear(config.d_out, config.vocab_size, bias=config.head_bias)
-        if config.tie_embeddings:
-            self.head.weight = self.reformer.embedding.tokens.weight
-        else:
-            nn.init.normal_(self.head.weight, std=config.init_std)
+        nn.init.normal_(self.head.weight, std=config.init_std)
         if self.head.bias is not None:
             nn.init.zeros_(self.head.bias)
+        self.tie_weights()
 
     @property
     def config(self) -> ReformerConfig:
         return self.reformer.config
+
+    def config_dict(self) -> dict[str, Any]:
+        return self.config.to_dict()
+
+    @classmethod
+    def from_config_dict(cls, config: dict[str, Any]) -> ReformerLM:
+        return cls(ReformerConfig.from_dict(config))
+
+    def tie_weights(self) -> None:
+        if self.config.tie_embeddings:
+            self.head.weight = self.reformer.embedding.tokens.weight
 
     def forward(
         self,
