@@ -32,11 +32,11 @@ def byte_model(
     sampling then see the same keys. The loss and the feed-forward layers are chunked, so that memory grows
     neither with depth nor with d_ff.
     """
-    kinds: tuple[LayerKind, ...] = ("lsh",) * layers
+    kind: LayerKind = "lsh"
     config = ReformerConfig(
         vocab_size=VOCABULARY,
         d_model=dim,
-        layers=kinds,
+        layers=(kind,) * layers,
         n_heads=heads,
         causal=True,
         lsh=LSHConfig.paper(n_hashes=n_hashes, chunk_length=chunk_length, window="bucket"),

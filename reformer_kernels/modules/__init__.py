@@ -1,6 +1,8 @@
 """nn.Modules over `reformer_kernels.functional`."""
 
 from reformer_kernels.modules.attention import FullSelfAttention, LocalSelfAttention, LSHSelfAttention
+from reformer_kernels.modules.cross_attention import CrossAttention
+from reformer_kernels.modules.encoder_decoder import ReformerEncoderDecoder
 from reformer_kernels.modules.feed_forward import ChunkedFeedForward
 from reformer_kernels.modules.heads import ReformerClassifier, ReformerQuestionAnswering
 from reformer_kernels.modules.multihead_attention import MultiheadAttention
@@ -19,6 +21,7 @@ __all__ = [
     "AttentionReplacement",
     "AxialPositionalEmbedding",
     "ChunkedFeedForward",
+    "CrossAttention",
     "FullSelfAttention",
     "LSHSelfAttention",
     "LearnedPositionalEmbedding",
@@ -27,6 +30,7 @@ __all__ = [
     "Reformer",
     "ReformerClassifier",
     "ReformerConfig",
+    "ReformerEncoderDecoder",
     "ReformerLM",
     "ReformerQuestionAnswering",
     "ReversibleBlock",

@@ -62,8 +62,8 @@ def fresh_seed() -> Tensor:
     return torch.randint(SEED_BOUND, (), dtype=torch.int64)
 
 
-class _SelfAttention(nn.Module):
-    """What the two layers share: sizes, the split into heads and the merge."""
+class _Attention(nn.Module):
+    """What the layers share: sizes, the split into heads and the merge."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class _SelfAttention(nn.Module):
         return ", ".join(parts)
 
 
-class LSHSelfAttention(_SelfAttention):
+class LSHSelfAttention(_Attention):
     """LSH self-attention with shared queries and keys (Reformer, arXiv 2001.04451, section 2).
 
     qk = x W_qk and v = x W_v are split into heads, `functional.lsh_attention` attends, and the heads'
@@ -282,7 +282,7 @@ class LSHSelfAttention(_SelfAttention):
         return f"{self._sizes_repr()}, seed={self.seed}, config={self.config}"
 
 
-class LocalSelfAttention(_SelfAttention):
+class LocalSelfAttention(_Attention):
     """Self-attention within chunks of neighbouring positions, with separate queries, keys and values.
 
     Every query attends to its chunk of `chunk_length` positions, `chunks_before` chunks before it and

@@ -34,9 +34,11 @@ class Decoder:
         max_length: the most tokens that a row will have, prompt included.
         n_hashes: LSH layers' rounds; None: the configuration's.
         bucket_length: automatic bucket factors are those of so many tokens; None: the configuration's.
+        memory, memory_padding_mask: of a model with full cross-attention, one row for each prompt.
 
     Raises:
-        ValueError: the model is not causal, or has no positions for `max_length` tokens.
+        ValueError: the model is not causal, attends to a memory by LSH (its windows there depend on how long
+            the decoded sequence becomes), lacks its memory, or has no positions for `max_length` tokens.
     """
 
     def __init__(
@@ -46,10 +48,17 @@ class Decoder:
         *,
         n_hashes: int | None = None,
         bucket_length: int | None = None,
+        memory: Tensor | None = None,
+        memory_padding_mask: Tensor | None = None,
     ) -> None:
         config = model.config
         if not config.causal:
             raise ValueError("generation needs a causal model; make it with ReformerConfig(causal=True)")
+        if config.cross_attention == "lsh":
+            raise ValueError(
+                'generation needs cross_attention="full": LSH windows on a memory move with the '
+                "target's length"
+            )
         check_integer("max_length", max_length, 1, 2**31 - 1)
         table = getattr(model.reformer.embedding.positions, "max_length", None)
         if table is not None and max_length > table:
@@ -62,6 +71,13 @@ class Decoder:
         self.bucket_length = config.buckets_for if bucket_length is None else bucket_length
         self.lengths = torch.empty(0, dtype=torch.int64)
         self._caches: list[LayerCache] = []
+        self._memory: list[tuple[Tensor, ...]] = [()] * len(config.layers)  # keys, values and mask
+        model.reformer.check_memory(memory, memory_padding_mask)
+        if memory is not None:
+            with torch.no_grad():
+                self._memory = [block.f.cross.keys_of(memory) for block in self._blocks]
+            if memory_padding_mask is not None:
+                self._memory = [(*pair, memory_padding_mask) for pair in self._memory]
         self._before = torch.empty(0)  # the tokens that the embedding of the next one looks back at
 
     @torch.no_grad()
@@ -76,6 +92,8 @@ class Decoder:
         groups = {length: [n for n, own in enumerate(lengths) if own == length] for length in lengths}
         parts, caches, before = [], [], []
         back = self.model.config.token_context - 1
+        if self._memory[0] and self._memory[0][0].shape[0] != len(rows):
+            raise ValueError(f"the memory has {self._memory[0][0].shape[0]} rows, the prompts {len(rows)}")
         for length, members in groups.items():
             group = torch.stack([rows[n] for n in members])
             own = [
@@ -83,13 +101,16 @@ class Decoder:
                 for block in self._blocks
             ]
             nothing = group.new_full((len(members), back), -1)
-            parts.append(self._run(group, torch.arange(length, device=group.device), own, nothing))
+            memory = [tuple(part[members] for part in of_layer) for of_layer in self._memory]
+            positions = torch.arange(length, device=group.device)
+            parts.append(self._run(group, positions, own, nothing, memory))
             caches.append(own)
             before.append(torch.cat([nothing, group], dim=1)[:, length:])
         self._caches = [type(of_layer[0]).joined(of_layer) for of_layer in zip(*caches, strict=True)]
         order = torch.tensor([n for members in groups.values() for n in members], device=tokens.device)
         self._before = torch.cat(before)
         self.lengths = torch.tensor(lengths, device=tokens.device)[order]
+        self._memory = [tuple(part[order] for part in of_layer) for of_layer in self._memory]
         back_again = order.argsort()
         self.select(back_again)
         return torch.cat(parts)[back_again]
@@ -103,7 +124,7 @@ class Decoder:
             )
         if int(self.lengths.max()) >= self.max_length:
             raise ValueError(f"the caches are full: they were made for {self.max_length} tokens")
-        logits = self._run(tokens[:, None], self.lengths[:, None], self._caches, self._before)
+        logits = self._run(tokens[:, None], self.lengths[:, None], self._caches, self._before, self._memory)
         self._before = torch.cat([self._before, tokens[:, None]], dim=1)[:, 1:]
         self.lengths = self.lengths + 1
         return logits
@@ -114,19 +135,27 @@ class Decoder:
             return
         for cache in self._caches:
             cache.select(rows)
+        self._memory = [tuple(part[rows] for part in of_layer) for of_layer in self._memory]
         self.lengths, self._before = self.lengths[rows], self._before[rows]
 
     @property
     def _blocks(self) -> Any:
         return self.model.reformer.layers.blocks
 
-    def _run(self, tokens: Tensor, positions: Tensor, caches: Sequence[LayerCache], before: Tensor) -> Tensor:
+    def _run(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        caches: Sequence[LayerCache],
+        before: Tensor,
+        memory: Sequence[tuple[Tensor, ...]],
+    ) -> Tensor:
         """(B, L) tokens that follow what is in the caches, to the logits of the last ones."""
         reformer = self.model.reformer
         with evaluating(self.model):
             first = second = reformer.embedding(tokens, positions, before)
-            for block, cache in zip(self._blocks, caches, strict=True):
-                first = first + block.f.decode(block.norm_f(second), cache, positions)
+            for block, cache, of_layer in zip(self._blocks, caches, memory, strict=True):
+                first = first + block.f.decode(block.norm_f(second), cache, positions, of_layer)
                 second = second + block.g(block.norm_g(first))
             logits: Tensor = self.model.head(reformer.finish(first[:, -1], second[:, -1]))
         return logits
@@ -143,19 +172,19 @@ def stream(
     top_p: float | None = None,
     stop_tokens: Sequence[int] = (),
     generator: torch.Generator | None = None,
-    n_hashes: int | None = None,
-    bucket_length: int | None = None,
+    **options: Any,
 ) -> Iterator[Tensor]:
     """Yield the next token of each row, (B,) int64, until `max_new_tokens` or all rows have stopped.
 
-    The arguments are those of `generate`, without beams. A row that has given a stop token gives -1 from then
-    on. The call checks the arguments; the model runs only as far as the iterator is read.
+    The arguments are those of `generate`, without beams; `options` are `Decoder`'s. A row that has given a
+    stop token gives -1 from then on. The call checks the arguments; the model runs only as far as the
+    iterator is read.
     """
     check_integer("max_new_tokens", max_new_tokens, 1, 2**31 - 1)
     stops = _stop_tokens(stop_tokens, model.config.vocab_size)
     _check_sampling(temperature, top_k, top_p)
     longest = max(row.numel() for row in prompt_rows(tokens, key_padding_mask))
-    decoder = Decoder(model, longest + max_new_tokens, n_hashes=n_hashes, bucket_length=bucket_length)
+    decoder = Decoder(model, longest + max_new_tokens, **options)
 
     def run() -> Iterator[Tensor]:
         logits = decoder.prompt(tokens, key_padding_mask)
@@ -184,8 +213,7 @@ def generate(
     length_penalty: float = 1.0,
     stop_tokens: Sequence[int] = (),
     generator: torch.Generator | None = None,
-    n_hashes: int | None = None,
-    bucket_length: int | None = None,
+    **options: Any,
 ) -> list[Tensor]:
     """Continue each row of `tokens`, in evaluation mode.
 
@@ -201,7 +229,7 @@ def generate(
             length_penalty.
         stop_tokens: a row that gives one of them ends there.
         generator: of the draws; None: torch's global one.
-        n_hashes, bucket_length: as for `Decoder`.
+        options: `Decoder`'s: n_hashes, bucket_length, memory, memory_padding_mask.
 
     Returns:
         for each row its new tokens (n,) int64, the stop token included.
@@ -222,8 +250,7 @@ def generate(
                 top_p=top_p,
                 stop_tokens=stop_tokens,
                 generator=generator,
-                n_hashes=n_hashes,
-                bucket_length=bucket_length,
+                **options,
             )
         )
         return [row[row != STOPPED] for row in torch.stack(pieces, dim=1)]
@@ -233,7 +260,7 @@ def generate(
     check_integer("max_new_tokens", max_new_tokens, 1, 2**31 - 1)
     stops = _stop_tokens(stop_tokens, model.config.vocab_size)
     longest = max(row.numel() for row in prompt_rows(tokens, key_padding_mask))
-    decoder = Decoder(model, longest + max_new_tokens, n_hashes=n_hashes, bucket_length=bucket_length)
+    decoder = Decoder(model, longest + max_new_tokens, **options)
     logits = decoder.prompt(tokens, key_padding_mask)
     return beam_search(decoder, logits, max_new_tokens, beams, length_penalty, set(stops.tolist()))
 

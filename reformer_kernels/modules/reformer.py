@@ -14,132 +14,19 @@ from torch import Tensor, nn
 
 from reformer_kernels import functional
 from reformer_kernels.modules import generation
-from reformer_kernels.modules.attention import FullSelfAttention, LocalSelfAttention, LSHSelfAttention
 from reformer_kernels.modules.checkpoint import Saved
-from reformer_kernels.modules.decoding import LayerCache
-from reformer_kernels.modules.feed_forward import ChunkedFeedForward
-from reformer_kernels.modules.positions import (
-    AxialPositionalEmbedding,
-    LearnedPositionalEmbedding,
-    RotaryPositions,
-    SinusoidalPositionalEmbedding,
+from reformer_kernels.modules.positions import AxialPositionalEmbedding, LearnedPositionalEmbedding
+from reformer_kernels.modules.reformer_config import ReformerConfig
+from reformer_kernels.modules.reformer_parts import (
+    AttentionPart,
+    FeedForwardPart,
+    TokenEmbedding,
+    make_norm,
 )
-from reformer_kernels.modules.reformer_config import LayerKind, ReformerConfig
 from reformer_kernels.modules.reversible import ReversibleBlock, ReversibleSequence
 
 IGNORED = -100
 """The label of tokens that count for no loss, as in torch."""
-
-
-class TokenEmbedding(nn.Module):
-    """The sum of a row each for a token and for the `context` - 1 tokens before it; then positions are added.
-
-    Before the first token stands nothing. `tokens` is one table of context * V rows: that of the token itself
-    first, then that of the one before, and so on.
-    """
-
-    def __init__(self, config: ReformerConfig) -> None:
-        super().__init__()
-        self.vocab_size = config.vocab_size
-        self.context = config.token_context
-        self.dropout = config.dropout
-        self.tokens = nn.Embedding(config.token_context * config.vocab_size, config.d_model)
-        self.positions = _position_table(config)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
-        before: Tensor | None = None,
-        padding: Tensor | None = None,
-    ) -> Tensor:
-        """tokens (B, L) int64, or their embeddings (B, L, d) -> (B, L, d).
-
-        before: (B, context - 1) tokens that stand before the first, -1 for none.
-        padding: (B, L) bool; padding counts as nothing before the tokens after it.
-        """
-        if tokens.is_floating_point():
-            x = tokens
-        elif self.context == 1:
-            x = self.tokens(tokens)
-        else:
-            x = self._with_context(tokens, before, padding)
-        x = F.dropout(x, self.dropout, self.training)
-        if self.positions is None:
-            return x
-        table = self.positions(tokens.shape[1] if positions is None else positions)
-        return x + F.dropout(table.to(device=x.device, dtype=x.dtype), self.dropout, self.training)
-
-    def _with_context(self, tokens: Tensor, before: Tensor | None, padding: Tensor | None) -> Tensor:
-        L, back = tokens.shape[1], self.context - 1
-        if padding is not None:
-            tokens = tokens.masked_fill(padding, -1)
-        if before is None:
-            before = tokens.new_full((tokens.shape[0], back), -1)
-        row = torch.cat([before, tokens], dim=1)
-        x = self.tokens(tokens.clamp_min(0))
-        for n in range(1, self.context):
-            earlier = row[:, back - n : back - n + L]
-            part = self.tokens(earlier.clamp_min(0) + n * self.vocab_size)
-            x = x + part.masked_fill((earlier < 0).unsqueeze(-1), 0)
-        return x
-
-
-class AttentionPart(nn.Module):
-    """f of a reversible layer: self-attention, then attention to a memory if there is one, with dropout.
-
-    The number of the layer picks its rotations out of those of a call.
-    """
-
-    def __init__(self, config: ReformerConfig, number: int) -> None:
-        super().__init__()
-        self.number = number
-        self.attention = make_attention(config, config.layers[number], number)
-        self.dropout = config.dropout
-
-    def forward(
-        self,
-        x: Tensor,
-        key_padding_mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        *,
-        n_hashes: int | None = None,
-        bucket_length: int | None = None,
-        rotations: Sequence[Tensor | None] | None = None,
-    ) -> Tensor:
-        options: dict[str, Any] = {"positions": positions}
-        if isinstance(self.attention, LSHSelfAttention):
-            options |= {"n_hashes": n_hashes, "bucket_length": bucket_length}
-            options["rotations"] = None if rotations is None else rotations[self.number]
-        return F.dropout(self.attention(x, key_padding_mask, **options), self.dropout, self.training)
-
-    def make_cache(self, max_length: int, n_hashes: int | None, bucket_length: int | None) -> LayerCache:
-        """See `LSHSelfAttention.make_cache`."""
-        if isinstance(self.attention, LSHSelfAttention):
-            return self.attention.make_cache(max_length, n_hashes=n_hashes, bucket_length=bucket_length)
-        return self.attention.make_cache(max_length)
-
-    def decode(self, x: Tensor, cache: Any, positions: Tensor) -> Tensor:
-        """See `LSHSelfAttention.decode`."""
-        return self.attention.decode(x, cache, positions)
-
-
-class FeedForwardPart(nn.Module):
-    """g of a reversible layer: the chunked feed-forward layer, with dropout."""
-
-    def __init__(self, config: ReformerConfig) -> None:
-        super().__init__()
-        self.feed_forward = ChunkedFeedForward(
-            config.d_model,
-            4 * config.d_model if config.d_ff is None else config.d_ff,
-            activation=config.activation,
-            dropout=config.dropout,
-            chunk_size=config.ff_chunk_size,
-        )
-        self.dropout = config.dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.feed_forward(x), self.dropout, self.training)
 
 
 class Reformer(Saved):
@@ -170,8 +57,8 @@ class Reformer(Saved):
             ReversibleBlock(
                 AttentionPart(config, number),
                 FeedForwardPart(config),
-                norm_f=_norm(config, config.d_model),
-                norm_g=_norm(config, config.d_model),
+                norm_f=make_norm(config, config.d_model),
+                norm_g=make_norm(config, config.d_model),
             )
             for number in range(len(config.layers))
         ]
@@ -181,7 +68,7 @@ class Reformer(Saved):
             keep_layouts=config.keep_layouts,
             backend="auto" if config.backend == "triton" else config.backend,
         )
-        self.norm = _norm(config, config.d_out)
+        self.norm = make_norm(config, config.d_out)
         self.reset_parameters()
 
     def config_dict(self) -> dict[str, Any]:
@@ -213,6 +100,8 @@ class Reformer(Saved):
         n_hashes: int | None = None,
         bucket_length: int | None = None,
         rotations: Sequence[Tensor | None] | None = None,
+        memory: Tensor | None = None,
+        memory_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """Compute hidden states.
 
@@ -225,6 +114,8 @@ class Reformer(Saved):
             bucket_length: in place of the configuration's.
             rotations: a layer's or None, one for each layer, in place of drawing them; see
                 `LSHSelfAttention`.
+            memory: (B, L_m, config.size_of_memory), what layers with cross-attention attend to.
+            memory_padding_mask: (B, L_m) bool, True = padding.
 
         Returns:
             (B, L, config.d_out). In training, rotations and dropout are drawn from torch's global generator;
@@ -234,6 +125,7 @@ class Reformer(Saved):
             TypeError, ValueError: arguments of the wrong kind or shape.
         """
         self._check(tokens, key_padding_mask, position_ids, rotations)
+        self.check_memory(memory, memory_padding_mask)
         if position_ids is None and key_padding_mask is not None:
             position_ids = ((~key_padding_mask).cumsum(1) - 1).clamp_min(0)
         x = self.embedding(tokens, position_ids, padding=key_padding_mask)
@@ -245,6 +137,8 @@ class Reformer(Saved):
             n_hashes=n_hashes,
             bucket_length=self.config.buckets_for if bucket_length is None else bucket_length,
             rotations=rotations,
+            memory=memory,
+            memory_padding_mask=memory_padding_mask,
         )
         return self.finish(*streams)
 
@@ -256,6 +150,20 @@ class Reformer(Saved):
             joined = (first + second) / 2
         out: Tensor = F.dropout(self.norm(joined), self.config.dropout, self.training)
         return out
+
+    def check_memory(self, memory: Tensor | None, padding: Tensor | None) -> None:
+        """Raises ValueError where cross-attention lacks its memory, or a memory its cross-attention."""
+        if (memory is None) != (self.config.cross_attention is None):
+            raise ValueError(
+                f"a memory belongs to cross-attention: got {'none' if memory is None else 'one'} with "
+                f"config.cross_attention={self.config.cross_attention!r}"
+            )
+        shape = None if memory is None else tuple(memory.shape[:2])
+        if padding is not None and (padding.dtype != torch.bool or tuple(padding.shape) != shape):
+            raise ValueError(
+                f"memory_padding_mask must be bool {shape}, True = padding, got {padding.dtype} "
+                f"{tuple(padding.shape)}"
+            )
 
     def _check(
         self,
@@ -385,59 +293,3 @@ class ReformerLM(Saved):
             if key_padding_mask is not None:
                 labels = labels.masked_fill(key_padding_mask, IGNORED)
         return functional.linear_cross_entropy(hidden, self.head.weight, labels, self.head.bias)
-
-
-def make_attention(
-    config: ReformerConfig, kind: LayerKind, number: int
-) -> LSHSelfAttention | LocalSelfAttention:
-    """The attention layer of `kind` for layer `number`."""
-    rotary = None
-    if config.positions == "rotary":
-        rotary = RotaryPositions(config.size_of_head, base=config.rotary_base, hashing=config.rotary_hashing)
-    local_dropout = config.local_attention_dropout
-    options: dict[str, Any] = {
-        "head_dim": config.size_of_head,
-        "bias": config.attention_bias,
-        "out_bias": config.attention_out_bias,
-        "dropout": config.attention_dropout if kind != "local" or local_dropout is None else local_dropout,
-        "rotary": rotary,
-        "backend": config.backend,
-    }
-    if kind == "lsh":
-        # Layers apart, so that two layers do not miss the same neighbours.
-        seed = config.seed + number
-        return LSHSelfAttention(config.d_model, config.n_heads, config.lsh_config, seed=seed, **options)
-    if kind == "full":
-        return FullSelfAttention(config.d_model, config.n_heads, causal=config.causal, **options)
-    return LocalSelfAttention(
-        config.d_model,
-        config.n_heads,
-        chunk_length=config.local_chunk_length,
-        chunks_before=config.local_chunks_before,
-        chunks_after=config.local_chunks_after,
-        causal=config.causal,
-        wrap=config.local_wrap,
-        **options,
-    )
-
-
-def _norm(config: ReformerConfig, width: int) -> nn.Module:
-    kind = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
-    return kind(width, eps=config.norm_eps)
-
-
-def _position_table(config: ReformerConfig) -> nn.Module | None:
-    match config.positions:
-        case "axial":
-            return AxialPositionalEmbedding(
-                config.d_model,
-                None if config.axial_shape else config.max_length,
-                shape=config.axial_shape,
-                dims=config.axial_dims,
-            )
-        case "learned":
-            return LearnedPositionalEmbedding(config.d_model, config.max_length)
-        case "sinusoidal":
-            return SinusoidalPositionalEmbedding(config.d_model)
-        case _:
-            return None

@@ -71,6 +71,7 @@ class ReformerConfig:
             token_context 1.
         head_bias: whether a language model's head has a bias.
         cross_attention: of a decoder: "full" or "lsh"; None: there is no memory to attend to.
+        memory_dim: the width of that memory, an encoder's d_out; None: as this configuration's own d_out.
         init_std: of the normal distribution that weights are drawn from; biases start as zeros.
         ff_chunk_size: rows in a chunk of the feed-forward layer; None: chosen by memory.
         seed: of the rotations in evaluation mode and in generation.
@@ -117,6 +118,7 @@ class ReformerConfig:
     tie_embeddings: bool = False
     head_bias: bool = True
     cross_attention: CrossAttentionKind | None = None
+    memory_dim: int | None = None
     init_std: float = 0.02
     ff_chunk_size: int | None = None
     seed: int = 0
@@ -125,7 +127,7 @@ class ReformerConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_heads", "max_length"):
             check_integer(name, getattr(self, name), 1, MAX_SIZE)
-        for name in ("head_dim", "d_ff", "ff_chunk_size", "bucket_length"):
+        for name in ("head_dim", "d_ff", "ff_chunk_size", "bucket_length", "memory_dim"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1, MAX_SIZE, or_else="None")
         check_integer("token_context", self.token_context, 1, 64)
@@ -221,6 +223,11 @@ class ReformerConfig:
         if self.bucket_length is None and self.causal:
             return self.max_length
         return self.bucket_length
+
+    @property
+    def size_of_memory(self) -> int:
+        """The width of what cross-attention attends to."""
+        return self.d_out if self.memory_dim is None else self.memory_dim
 
     @property
     def d_out(self) -> int:
