@@ -87,17 +87,17 @@ def test_says_why_it_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_model_gives_the_published_arithmetic() -> None:
-    one = cost_model.Shape(heads=1, length=10**6, n_hashes=1)
+    h100, one = cost_model.RATES["sm_90"], cost_model.Shape(heads=1, length=10**6, n_hashes=1)
 
     def picoseconds(operation: str, shape: cost_model.Shape = one) -> float:
-        return cost_model.floor(operation, shape, "sm_90").seconds / shape.rows * 1e12
+        return cost_model.floor(operation, shape, h100).seconds / shape.rows * 1e12
 
     # bf16, D = 64, one round: (8 D + 20) and (14 D + 16) bytes at 3.0 TB/s.
     assert picoseconds("attention_forward") == pytest.approx(177, abs=0.5)
     assert picoseconds("attention_backward") == pytest.approx(304, abs=0.5)
     # Four rounds at chunk 64: the backward's products take longer than its bytes.
     four = cost_model.Shape(heads=1, length=10**6, n_hashes=4)
-    assert cost_model.floor("attention_backward", four, "sm_90").bound == "products"
+    assert cost_model.floor("attention_backward", four, h100).bound == "products"
     assert picoseconds("attention_backward", four) == pytest.approx(4 * 104, rel=0.01)
-    again = cost_model.floor("attention_forward", four, "sm_90", rounds_reuse=False)
+    again = cost_model.floor("attention_forward", four, h100, rounds_reuse=False)
     assert again.bytes == four.rows * (8 * 64 + 20 + 3 * (12 * 64 + 20))

@@ -126,7 +126,8 @@ def _some(name: str, values: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _floor(operation: str, architecture: str, shape: cost_model.Shape) -> dict[str, Any]:
-    found, rates = cost_model.floor(operation, shape, architecture), cost_model.RATES[architecture]
+    rates = cost_model.RATES[architecture]
+    found = cost_model.floor(operation, shape, rates)
     return {
         "operation": operation,
         "architecture": architecture,

@@ -70,10 +70,9 @@ class Floor:
     bound: str
 
 
-def floor(operation: str, shape: Shape, architecture: str, *, rounds_reuse: bool = True) -> Floor:
+def floor(operation: str, shape: Shape, rates: Rates, *, rounds_reuse: bool = True) -> Floor:
     """The predicted least time of one of `OPERATIONS`; raises KeyError for another."""
     moved, operations = _WORK[operation](shape, rounds_reuse)
-    rates = RATES[architecture]
     matmul = rates.matmul_16_bit if shape.bits == 16 else rates.matmul_32_bit
     by_bytes, by_products = moved / rates.copy, operations / matmul
     bound = "memory" if by_bytes >= by_products else "products"

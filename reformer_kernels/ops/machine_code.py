@@ -126,6 +126,8 @@ class Request:
     options: str
     operations: tuple[str, ...] = OPERATIONS
     tiles: Mapping[str, tiles.Tile] = field(default_factory=dict)
+    kernels: tuple[str, ...] = ()
+    """Only these; none named: all."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,8 @@ def inspect(request: Request) -> list[Inspected]:
         operations=request.operations,
         tiles=request.tiles,
     ):
+        if request.kernels and specialization.name not in request.kernels:
+            continue
         code = read(specialization)
         found.append(Inspected(code, faults(code, specialization)))
     return found

@@ -1,0 +1,1 @@
+"""The steps of `bench/validate_gpu.py`: each yields rows, plain dictionaries, as it gets them."""

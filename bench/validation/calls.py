@@ -1,0 +1,124 @@
+"""The calls that are timed and swept, made ready on random tensors of one shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reformer_kernels import LSHConfig, functional
+from reformer_kernels.cli.peers import FullAttention
+from reformer_kernels.cli.problem import Problem
+from reformer_kernels.ops.cost_model import Shape
+from validation.context import Context
+
+Call = Callable[[], Any]
+FORWARD, BOTH = "forward", "forward+backward"
+
+
+def shape_of(context: Context, **fields: int) -> Shape:
+    shape = Shape(**fields)
+    if not context.dry_run:
+        return shape
+    return dataclasses.replace(shape, heads=1, length=24, head_dim=16, chunk_length=16, n_hashes=2, bits=32)
+
+
+def dtype_of(shape: Shape) -> torch.dtype:
+    return torch.bfloat16 if shape.bits == 16 else torch.float32
+
+
+def _leaves(context: Context, shape: Shape, count: int) -> list[Tensor]:
+    size = (1, shape.heads, shape.length, shape.head_dim)
+    made = [torch.randn(size, device=context.device).to(dtype_of(shape)) for _ in range(count)]
+    return [x.requires_grad_() for x in made]
+
+
+def _differentiated(call: Callable[..., Tensor], leaves: list[Tensor], phase: str) -> Call:
+    grad_out = torch.randn_like(leaves[-1])
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return call(*leaves)
+
+    def both() -> tuple[Tensor, ...]:
+        out = call(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad_out)
+
+    return forward if phase == FORWARD else both
+
+
+def _config(shape: Shape, preset: str) -> LSHConfig:
+    rules: dict[str, Any] = {"n_hashes": shape.n_hashes, "chunk_length": shape.chunk_length, "causal": True}
+    if preset == "trax":
+        return LSHConfig.trax(**rules)
+    return LSHConfig.paper(**rules, window="bucket" if preset == "bucket" else "chunks")
+
+
+def _rotations(context: Context, shape: Shape, config: LSHConfig) -> Tensor:
+    return functional.sample_rotations(config, shape.heads, shape.head_dim, 0).to(context.device)
+
+
+def attend(context: Context, shape: Shape, phase: str, preset: str = "paper") -> Call:
+    """The attention kernels alone, on a layout made before."""
+    config, leaves, backend = _config(shape, preset), _leaves(context, shape, 2), context.backend
+    rotations = _rotations(context, shape, config)
+    layout = functional.lsh_layout(leaves[0], config, rotations=rotations, backend=backend)
+    return _differentiated(
+        lambda qk, v: functional.attend(qk, v, layout, config, backend=backend), leaves, phase
+    )
+
+
+def lsh_attention(context: Context, shape: Shape, phase: str, preset: str = "paper") -> Call:
+    """Hash, sort and attend."""
+    config, leaves, backend = _config(shape, preset), _leaves(context, shape, 2), context.backend
+    rotations = _rotations(context, shape, config)
+    return _differentiated(
+        lambda qk, v: functional.lsh_attention(qk, v, config, rotations=rotations, backend=backend),
+        leaves,
+        phase,
+    )
+
+
+def local(context: Context, shape: Shape, phase: str) -> Call:
+    return _differentiated(
+        lambda q, k, v: functional.local_attention(
+            q, k, v, chunk_length=shape.chunk_length, causal=True, backend=context.backend
+        ),
+        _leaves(context, shape, 3),
+        phase,
+    )
+
+
+def full(context: Context, shape: Shape, phase: str, peer: str) -> Call:
+    """Dense attention by torch; raises PeerRefusesError where that back end cannot take it."""
+    problem = Problem(
+        heads=shape.heads,
+        length=shape.length,
+        head_dim=shape.head_dim,
+        causal=True,
+        dtype=str(dtype_of(shape)).removeprefix("torch."),
+        device=str(context.device),
+    )
+    return _differentiated(FullAttention(peer, problem).attend, _leaves(context, shape, 3), phase)
+
+
+def lsh_hash(context: Context, shape: Shape) -> Call:
+    config = _config(shape, "paper")
+    factors, rotations = config.factors(shape.length), _rotations(context, shape, config)
+    qk = _leaves(context, shape, 1)[0].detach()
+    return lambda: functional.lsh_hash(qk, rotations, factors, backend=context.backend)
+
+
+def sort(context: Context, shape: Shape, by: str) -> Call:
+    """`by`: "bucket_sort", or "int32" or "int64" for torch's own sort of such ids."""
+    n_buckets = math.prod(_config(shape, "paper").factors(shape.length))
+    size = (1, shape.heads, shape.n_hashes, shape.length)
+    ids = torch.randint(0, n_buckets, size, dtype=torch.int32).to(context.device)
+    if by == "bucket_sort":
+        return lambda: functional.bucket_sort(ids, n_buckets, backend=context.backend)
+    wide = ids.to(torch.int64 if by == "int64" else torch.int32)
+    return lambda: torch.sort(wide, dim=-1, stable=True)

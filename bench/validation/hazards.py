@@ -1,0 +1,111 @@
+"""What one right result does not show: races, host synchronisation, calls that no graph can capture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from reformer_kernels import LSHConfig, functional
+from validation.context import Context, Row, attempts
+
+
+class Call:
+    """`lsh_attention` forward and backward on tensors that stay where they are, as a graph needs it."""
+
+    def __init__(self, context: Context, config: LSHConfig, shape: tuple[int, ...], dropout: float) -> None:
+        dtype = context.pick(torch.bfloat16, torch.float32)
+        made = [torch.randn(shape, device=context.device).to(dtype) for _ in range(3)]
+        self.leaves = [x.requires_grad_() for x in made[:2]]
+        self.grad_out = made[2].detach()
+        self.rotations = functional.sample_rotations(config, shape[1], shape[3], 0).to(context.device)
+        self.seed = torch.zeros(1, dtype=torch.int64, device=context.device)
+        self.config, self.dropout, self.backend = config, dropout, context.backend
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        out = functional.lsh_attention(
+            *self.leaves,
+            self.config,
+            rotations=self.rotations,
+            dropout_p=self.dropout,
+            seed=self.seed,
+            backend=self.backend,
+        )
+        return out.detach(), *torch.autograd.grad(out, self.leaves, self.grad_out)
+
+
+def race_steps(context: Context) -> Iterator[Row]:
+    """The same forward and backward pass, again and again: bitwise equal every time."""
+
+    def check(config: LSHConfig, dropout: float) -> Row:
+        call = Call(context, config, context.pick((2, 8, 4096, 64), (1, 1, 24, 16)), dropout)
+        times = context.pick(1000, 2)
+        first = call()
+        different = torch.zeros(len(first), dtype=torch.int64, device=context.device)
+        for _ in range(times):
+            different += torch.stack([(a != b).any() for a, b in zip(call(), first, strict=True)])
+        found = dict(zip(("out", "dqk", "dv"), different.tolist(), strict=True))
+        return {"ok": not any(found.values()), "passes": times, "different": found}
+
+    chunk = context.pick(64, 16)
+    paper = LSHConfig.paper(n_hashes=context.pick(4, 2), chunk_length=chunk, causal=True)
+    checks = [("paper, dropout", lambda: check(paper, 0.1))]
+    if not context.dry_run:
+        ring = LSHConfig.trax(n_hashes=4, chunk_length=chunk)
+        bucket = LSHConfig.paper(n_hashes=2, chunk_length=chunk, window="bucket", causal=True)
+        checks += [("trax", lambda: check(ring, 0.0)), ("bucket", lambda: check(bucket, 0.0))]
+    yield from attempts(checks)
+
+
+def capture_steps(context: Context) -> Iterator[Row]:
+    """No call waits for the device, and a CUDA graph of one replays with new numbers in the same tensors."""
+    chunk = context.pick(64, 16)
+    config = LSHConfig.paper(n_hashes=2, chunk_length=chunk, causal=True)
+    shape = context.pick((2, 8, 4096, 64), (1, 1, 24, 16))
+
+    def without_synchronisation() -> Row:
+        call = Call(context, config, shape, 0.1)
+        call()
+        context.synchronize()
+        if context.dry_run:
+            return {"skipped": "torch tells of synchronisation on CUDA devices only"}
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return {}
+
+    def captured() -> Row:
+        call = Call(context, config, shape, 0.1)
+        if context.dry_run:
+            call()
+            return {"skipped": "graphs are CUDA's; the call itself ran"}
+        graph, results = capture(call)
+        equal = []
+        for seed in (1, 2):
+            with torch.no_grad():
+                for tensor in (*call.leaves, call.rotations):
+                    tensor.normal_()
+                call.seed.fill_(seed)
+            graph.replay()
+            replayed = [x.clone() for x in results]
+            equal += [torch.equal(a, b) for a, b in zip(call(), replayed, strict=True)]
+        return {"ok": all(equal), "replays": 2, "equal": equal}
+
+    yield from attempts([("no host synchronisation", without_synchronisation), ("graph", captured)])
+
+
+def capture(call: Call) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    """Compiled and warm first, on a stream of its own, as capture wants it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results

@@ -1,0 +1,143 @@
+"""The machine, the build, the sanitizer and the test suite's GPU part: programs beside this one."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import reformer_kernels.functional  # noqa: F401  registers the operators
+from reformer_kernels.cli import machine
+from validation.context import Context, Row, attempt
+
+ROOT = Path(__file__).parents[2]
+SANITIZER_PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin")
+
+
+def environment_steps(context: Context) -> Iterator[Row]:
+    """What is here, as torch and the driver tell it, and which back ends are live."""
+    from reformer_kernels.cli.info import gather
+
+    facts = gather()
+    live = [f"{b['backend']} on {b['device']}" for b in facts["backends"] if b["live"]]
+    yield {
+        "check": "machine",
+        "ok": context.dry_run or torch.cuda.is_available(),
+        **machine.describe(context.device),
+        "commit": machine.commit(),
+        **{name: version for name, version in machine.versions().items() if version},
+        "cuda": torch.version.cuda or torch.version.hip,
+        "live": ", ".join(live),
+    }
+    for name, command in (
+        ("driver", ["nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm,memory.total,power.limit"]),
+        ("nvcc", ["nvcc", "--version"]),
+    ):
+        yield attempt(name, lambda command=command: _said(command))  # type: ignore[misc]
+
+
+def _said(command: list[str]) -> Row:
+    if shutil.which(command[0]) is None:
+        return {"skipped": f"{command[0]} is not on PATH"}
+    if command[0] == "nvidia-smi":
+        command = [*command, "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    return {"says": " | ".join(done.stdout.strip().splitlines()[-4:])}
+
+
+def build_steps(context: Context) -> Iterator[Row]:
+    """The native extension, with CUDA where nvcc is."""
+
+    def build() -> Row:
+        if context.dry_run:
+            from reformer_kernels import _native
+
+            return {"skipped": "a dry run builds nothing", "extension": _native.info()["available"]}
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        said = done.stdout + done.stderr
+        return {"ok": done.returncode == 0, "says": said[-400:] if done.returncode else _cuda_line(said)}
+
+    yield attempt("build", build)
+
+
+def _cuda_line(said: str) -> str:
+    lines = [line.strip() for line in said.splitlines() if "CUDA" in line]
+    return lines[-1] if lines else "built"
+
+
+def sanitizer_steps(context: Context) -> Iterator[Row]:
+    """compute-sanitizer over the CUDA C++ kernels: addresses, races, missing barriers."""
+    tool = shutil.which("compute-sanitizer", path=os.pathsep.join((os.environ["PATH"], *SANITIZER_PLACES)))
+    if tool is None:
+        yield {
+            "check": "compute-sanitizer",
+            "ok": True,
+            "skipped": "compute-sanitizer is not on this machine",
+        }
+        return
+    for kind in ("memcheck", "racecheck", "synccheck", "initcheck"):
+        yield attempt(kind, lambda kind=kind: _sanitize(context, tool, kind))  # type: ignore[misc]
+
+
+def _sanitize(context: Context, tool: str, kind: str) -> Row:
+    program = [sys.executable, "-m", "validation.machine_steps"]
+    command = [tool, "--tool", kind, "--error-exitcode", "9", *program]
+    done = subprocess.run(
+        command, cwd=ROOT / "bench", capture_output=True, text=True, timeout=60, check=False
+    )
+    summary = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY.*)", done.stdout)
+    ok = done.returncode == 0 and bool(summary)
+    return {"ok": ok, "says": summary[-1] if summary else (done.stdout + done.stderr)[-400:]}
+
+
+def sort_under_the_sanitizer() -> None:
+    """The program it runs: sorts of the sizes that take each way through the kernels, and copies. No kernel
+    of torch's, which would be checked as well."""
+    for n_buckets, L in ((2, 100), (129, 5000), (4097, 20_000), (2**20, 70_000)):
+        ids = torch.randint(0, n_buckets, (3, L), dtype=torch.int32)
+        order, _ = torch.ops.reformer_kernels.native_bucket_sort(ids.cuda(), n_buckets, n_buckets + 1)
+        assert torch.equal(order.cpu(), ids.sort(dim=-1, stable=True).indices.int())
+
+
+def pytest_steps(context: Context) -> Iterator[Row]:
+    """The test suite's part that needs a GPU."""
+
+    def run() -> Row:
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-rs",
+            "-p",
+            "no:cacheprovider",
+            "python_tests/test_gpu.py",
+            *("-k", "not validation"),  # which are steps of their own
+        ]
+        # The interpreter of a dry run is not a GPU: there the tests must say why they are skipped.
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        last = [line for line in done.stdout.splitlines() if line.strip()][-12:]
+        return {
+            "ok": done.returncode == 0,
+            "says": last[-1] if last and done.returncode == 0 else "\n".join(last),
+        }
+
+    yield attempt("python_tests/test_gpu.py", run)
+
+
+if __name__ == "__main__":
+    sort_under_the_sanitizer()

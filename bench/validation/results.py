@@ -1,0 +1,119 @@
+"""What a run found so far, written after every row: a JSON file for programs, a Markdown file for people."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from reformer_kernels.cli.report import write_atomically
+from validation.context import Row
+from validation.timings import target_rows
+
+SCHEMA = 1
+HIDDEN = ("check", "ok", "fatal")
+"""Fields of a row that have columns of their own."""
+
+
+@dataclass
+class StepResult:
+    about: str
+    status: str = "not run"
+    """"not run", "running", "done", "cut short" (out of time), "failed" (its process died)."""
+    seconds: float = 0.0
+    reason: str = ""
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def failures(self) -> list[Row]:
+        return [row for row in self.rows if row["ok"] is False]
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "done" and not self.failures
+
+
+@dataclass
+class Results:
+    """Of one run; `path` without its ending."""
+
+    path: Path
+    dry_run: bool
+    arguments: list[str]
+    steps: dict[str, StepResult] = field(default_factory=dict)
+    started: str = field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat())
+
+    def timed_rows(self) -> list[Row]:
+        """Of the swept tiles where there are any, else of the shipped ones."""
+        return [row for name in ("headline, swept", "headline") for row in self._rows(name)]
+
+    def _rows(self, name: str) -> list[Row]:
+        return self.steps[name].rows if name in self.steps else []
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "started": self.started,
+            "dry_run": self.dry_run,
+            "arguments": self.arguments,
+            "targets": list(target_rows(self.timed_rows(), self.dry_run)),
+            "steps": {
+                name: {
+                    "about": step.about,
+                    "status": step.status,
+                    "seconds": round(step.seconds, 1),
+                    **({"reason": step.reason} if step.reason else {}),
+                    "rows": step.rows,
+                }
+                for name, step in self.steps.items()
+            },
+        }
+
+    def write(self) -> None:
+        write_atomically(self.path.with_suffix(".json"), json.dumps(self.to_json(), indent=1) + "\n")
+        write_atomically(self.path.with_suffix(".md"), self.to_markdown())
+
+    def to_markdown(self) -> str:
+        lines = [f"# GPU validation: {self.path.name}", "", f"Started {self.started}.", ""]
+        if self.dry_run:
+            lines += ["**A dry run: tiny problems in Triton's interpreter. No figure here is a GPU's.**", ""]
+        lines += _table(
+            ["step", "about", "status", "checks", "failed", "seconds"],
+            [
+                [n, s.about, s.status, str(len(s.rows)), str(len(s.failures)), f"{s.seconds:.1f}"]
+                for n, s in self.steps.items()
+            ],
+        )
+        lines += ["## Targets", "", "Of an H100: bf16, heads of 64, chunk 64.", ""]
+        lines += _rows_table(list(target_rows(self.timed_rows(), self.dry_run)))
+        for name, step in self.steps.items():
+            lines += [f"## {name[0].upper()}{name[1:]}", ""]
+            if step.reason:
+                lines += [f"{step.status}: {step.reason}", ""]
+            lines += _rows_table(step.rows)
+        return "\n".join(lines)
+
+
+def _rows_table(rows: list[Row]) -> list[str]:
+    fields = list(dict.fromkeys(name for row in rows for name in row if name not in HIDDEN))
+    verdict = {True: "ok", False: "**FAILED**", None: "–"}
+    cells = [
+        [
+            row["check"],
+            "skipped" if "skipped" in row else verdict[row["ok"]],
+            *(_cell(row.get(f)) for f in fields),
+        ]
+        for row in rows
+    ]
+    return _table(["check", "", *fields], cells) if rows else ["Nothing yet.", ""]
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _table(titles: list[str], rows: list[list[str]]) -> list[str]:
+    head = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    return [*head, *(f"| {' | '.join(row)} |" for row in rows), ""]
