@@ -2,7 +2,7 @@
 //
 // No torch header, no Python, no tensor is allocated here: the caller passes pointers, sizes, strides
 // (in elements) and a workspace. Shapes use B batch, H heads, L length, D head dimension, Dv value
-// dimension, R hash rounds. Arrays whose strides are not listed are contiguous.
+// dimension, R hash rounds, Lk the keys' length. Arrays whose strides are not listed are contiguous.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +15,7 @@ enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 // Results of a call that checks its input as it runs; bindings.cpp turns them into exceptions.
 enum class Status : int32_t {
   kOk = 0,
-  kBadOrder = 1,   // an order is not a permutation of 0..L-1
+  kBadOrder = 1,   // an order is not a permutation of its positions
   kBadStarts = 2,  // bucket starts do not rise from 0 to L
   kUnsorted = 3,   // positions do not rise within a bucket, where the kernels rely on it
 };
@@ -79,14 +79,20 @@ struct AttentionRule {
 
 // out_i = sum_j p_ij v_j, p = softmax over all rounds' visible keys of scale * q_i . k_j, with k the keys as
 // given or, where k.data is null, q normalised by rule.key_norm.
+//
+// Where key_order is given, keys are sorted apart from the queries, and a query's window lies around its
+// cursor: the number of sorted keys not after (its bucket, its position i if causal, else i * Lk / L). Such a
+// rule has bucket_window, no ring and no exclude_self. Elsewhere Lk = L, and padding keys are queries too.
 struct AttentionParams {
-  int64_t B = 0, H = 0, L = 0, D = 0, Dv = 0, R = 0;
+  int64_t B = 0, H = 0, L = 0, Lk = 0, D = 0, Dv = 0, R = 0;
   DType dtype = DType::kFloat32;
   Rows q, k, v;
-  const int32_t* order = nullptr;   // (B, H, R, L)
-  const int32_t* starts = nullptr;  // (B, H, R, starts_size)
+  const int32_t* order = nullptr;       // (B, H, R, L)
+  const int32_t* starts = nullptr;      // (B, H, R, starts_size)
+  const int32_t* key_order = nullptr;   // (B, H, R, Lk), may be null
+  const int32_t* key_starts = nullptr;  // (B, H, R, starts_size), null where key_order is
   int64_t starts_size = 0;
-  const float* key_bias = nullptr;  // (B, L), -inf: padding; may be null
+  const float* key_bias = nullptr;  // (B, Lk), -inf: padding; may be null
   AttentionRule rule;
   float scale = 1.0f;
   // Keep a probability where its Philox word >= dropout_threshold (0: keep all), then multiply by keep_scale.

@@ -60,6 +60,7 @@ class Case:
     Dv: int = 8
     n_buckets: int = 4
     separate: bool = False
+    key_length: int | None = None  # of keys sorted apart from the queries
     padding: str = (
         "none"  # "none", "some", "tail" (in the padding bucket), "rows" (whole rows), "bias" (finite)
     )
@@ -71,32 +72,40 @@ class Case:
     seed: int = 0
 
     def layout(self) -> Layout:
-        layout = random_layout(self.B, self.H, self.R, self.L, self.n_buckets, seed=self.seed)
+        """Of the queries."""
+        if self.key_length is None:
+            return self.key_layout()
+        return random_layout(self.B, self.H, self.R, self.L, self.n_buckets, seed=self.seed + 50)
+
+    def key_layout(self) -> Layout:
+        """Of the keys: the queries' too, unless they are sorted apart."""
+        L = self.key_length or self.L
+        layout = random_layout(self.B, self.H, self.R, L, self.n_buckets, seed=self.seed)
         if self.padding != "tail":
             return layout
         # As hashing lays it out: padding is the last bucket of every round.
         from .helpers import layout_from_buckets
 
         generator = torch.Generator().manual_seed(self.seed)
-        ids = torch.randint(0, self.n_buckets, (self.B, self.H, self.R, self.L), generator=generator)
+        ids = torch.randint(0, self.n_buckets, (self.B, self.H, self.R, L), generator=generator)
         mask = self.mask()
         assert mask is not None
         return layout_from_buckets(ids.masked_fill(mask[:, None, None], self.n_buckets), self.n_buckets)
 
     def mask(self) -> Tensor | None:
-        generator = torch.Generator().manual_seed(self.seed + 1)
+        generator, L = torch.Generator().manual_seed(self.seed + 1), self.key_length or self.L
         if self.padding == "some":
-            return torch.rand(self.B, self.L, generator=generator) < 0.3
+            return torch.rand(self.B, L, generator=generator) < 0.3
         if self.padding == "tail":
-            lengths = torch.randint(0, self.L + 1, (self.B,), generator=generator)
-            return padding_mask(lengths.tolist(), self.L)
+            lengths = torch.randint(0, L + 1, (self.B,), generator=generator)
+            return padding_mask(lengths.tolist(), L)
         if self.padding == "rows":
-            return (torch.arange(self.B) % 2 == 0)[:, None].expand(self.B, self.L)
+            return (torch.arange(self.B) % 2 == 0)[:, None].expand(self.B, L)
         return None
 
     def key_bias(self) -> Tensor | None:
         if self.padding == "bias":
-            bias = normal(self.B, self.L, seed=self.seed + 2, dtype=torch.float32)
+            bias = normal(self.B, self.key_length or self.L, seed=self.seed + 2, dtype=torch.float32)
             return bias.masked_fill(bias > 1.5, -math.inf)
         mask = self.mask()
         return None if mask is None else torch.zeros(mask.shape).masked_fill(mask, -math.inf)
@@ -104,8 +113,16 @@ class Case:
     def inputs(self, dtype: torch.dtype) -> list[Tensor]:
         """Leaves q, v and, if separate, k: the same numbers in every dtype that holds them."""
         B, H = (1, 1) if self.strides == "expanded" else (self.B, self.H)
-        widths = [self.D, self.Dv] + [self.D] * self.separate
-        return [normal(B, H, self.L, w, seed=self.seed + n, dtype=dtype) for n, w in enumerate(widths)]
+        L_k = self.key_length or self.L
+        sizes = [(self.L, self.D), (L_k, self.Dv)] + [(L_k, self.D)] * self.separate
+        return [normal(B, H, *size, seed=self.seed + n, dtype=dtype) for n, size in enumerate(sizes)]
+
+    def key_places(self) -> tuple[Tensor, ...]:
+        """What the operators take in addition where keys are sorted apart."""
+        if self.key_length is None:
+            return ()
+        layout = self.key_layout()
+        return layout.order, layout.bucket_starts
 
 
 def arrange(x: Tensor, case: Case, strides: str) -> Tensor:
@@ -168,7 +185,7 @@ def native(case: Case, q: Tensor, v: Tensor, k: Tensor | None) -> tuple[Tensor, 
     layout, seed = case.layout(), torch.tensor(case.seed) if case.dropout_p > 0 else None
     return torch.ops.reformer_kernels.native_attention(
         q, k, v, layout.order, layout.bucket_starts, case.key_bias(), seed, case.rule.pack(), case.scale,
-        case.dropout_p,
+        case.dropout_p, *case.key_places(),
     )  # fmt: skip
 
 
@@ -176,7 +193,7 @@ def exact(case: Case, q: Tensor, v: Tensor, k: Tensor | None) -> tuple[Tensor, T
     layout, seed = case.layout(), torch.tensor(case.seed) if case.dropout_p > 0 else None
     return reference.attention(
         q, k, v, layout.order, layout.bucket_starts, case.key_bias(), seed, case.rule, case.scale,
-        case.dropout_p,
+        case.dropout_p, *case.key_places(),
     )  # fmt: skip
 
 
@@ -292,6 +309,21 @@ WORK = 3e6
 """Numbers that the reference may gather for one case."""
 
 
+def cross_rule(rule: AttentionRule, bucket_mask: bool) -> AttentionRule:
+    """The nearest rule for keys that are sorted apart from the queries."""
+    return dataclasses.replace(
+        rule, bucket_window=True, bucket_mask=bucket_mask, exclude_self=False, ring=False
+    )
+
+
+@st.composite
+def cross_cases(draw: st.DrawFn) -> Case:
+    """As `cases`, with keys sorted apart, of a length of their own."""
+    case, lengths = draw(cases()), st.one_of(st.integers(1, 20), st.integers(21, 600))
+    rule = cross_rule(case.rule, bucket_mask=draw(st.booleans()))
+    return shrunk(dataclasses.replace(case, rule=rule, separate=True, key_length=draw(lengths)))
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     rule = draw(rules())
@@ -326,7 +358,7 @@ def shrunk(case: Case) -> Case:
     """The case with fewer heads, rounds and columns, until the reference can do it in a blink."""
 
     def work(c: Case) -> float:
-        width = reference._widest_range(c.rule, c.L)
+        width = reference._widest_range(c.rule, c.key_length or c.L)
         return c.B * c.H * c.R * c.L * (width * (c.D + c.Dv + (40 if c.dropout_p else 8)))
 
     for field, low in (("B", 1), ("H", 1), ("D", 9), ("Dv", 9), ("R", 2), ("L", 70)):

@@ -169,9 +169,7 @@ def lsh_cross_attention(
         check_rotations(rotations, q, width=config.rotation_width, rounds=config.n_hashes)
     if layout is not None:
         check_layout_pair(layout, q, k, rounds=1 if every else config.n_hashes)
-    backend = "reference" if backend == "auto" else resolve_backend(backend, q.device, q.dtype)
-    if backend == "native":
-        raise RuntimeError("cross-attention has no native kernel yet; use backend='reference'")
+    backend = resolve_backend(backend, q.device, q.dtype)
     if dropout_p > 0 or (layout is None and rotations is None and not every):
         seed = _dispatch.resolve_seed(seed)
     if layout is None:

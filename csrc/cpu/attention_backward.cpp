@@ -4,10 +4,10 @@
 //   dv_j += p_ij m_ij dout_i          ds_ij = p_ij (m_ij dout_i . v_j - delta_i)
 //   dq_i += ds_ij k_j                 dk_j += ds_ij q_i                       (m: dropout factor)
 //
-// Tasks are segments of one head's tiles in one round. Even segments run first, then odd ones, then the tiles
-// whose keys cross into another round, so that no two tasks at work add to one row, and additions to a row
-// come in an order that does not depend on the number of threads. Key normalisation is undone once a token,
-// after the last round.
+// Tasks are segments of one head's sorted queries in one round. Even segments run first, then odd ones, then
+// the tiles whose keys cross into another round, so that no two tasks at work add to one row, and additions
+// to a row come in an order that does not depend on the number of threads. Key normalisation is undone once a
+// token, after the last round.
 
 #include "key_panels.h"
 #include "threads.h"
@@ -48,18 +48,19 @@ class BackwardWorker {
 
   void run_segment(const Head& head, const Sums& sums, int64_t round, int64_t segment, Part part) {
     const bool crossing = part == Part::kCrossing;
-    panels_.enter(head, round * p_.L, (round + 1) * p_.L, crossing);
+    panels_.enter(head, round * p_.Lk, (round + 1) * p_.Lk, crossing);
     panels_.grad_k_rows = sums.grad_k;
     panels_.grad_v_rows = sums.grad_v;
     panels_.grad_k_stride = sums.grad_k_stride;
     panels_.grad_v_stride = sums.grad_v_stride;
-    const int64_t first = segment * plan_.segment_tiles;
-    for (int64_t t = first; t < min_of(first + plan_.segment_tiles, plan_.tiles); ++t) {
-      make_tile(p_, plan_, head, round, t, &tile_);
+    Ranks ranks = key_segment(p_, plan_, head, round, segment);
+    for (; ranks.first < ranks.last; ranks.first += kTileRows) {
+      make_tile(p_, plan_, head, round, ranks, &tile_);
       if (tile_.crosses != crossing) continue;
       load_tile(head, sums);
-      for (int64_t from = tile_.first_panel; from < tile_.last_panel; from += plan_.block_panels)
-        differentiate_block(head, sums, from, min_of(from + plan_.block_panels, tile_.last_panel));
+      Block block = next_block(plan_, tile_, INT64_MIN);
+      for (; block.from < tile_.last_panel; block = next_block(plan_, tile_, block.to))
+        differentiate_block(head, sums, block.from, block.to);
       store_grad_queries(sums);
     }
     panels_.flush();
@@ -72,7 +73,7 @@ class BackwardWorker {
     for (int i = 0; i < tile_.rows; ++i) {
       const int64_t position = tile_.position[i];
       float* query = queries_ + i * plan_.d_padded;
-      if (is_padding(head, position))
+      if (is_padding_query(head, position))
         memset(query, 0, static_cast<size_t>(plan_.d_padded) * sizeof(float));
       else
         load_row(row_of<const T>(p_.q, head.b, head.h, position), p_.D, plan_.d_padded, query);
@@ -261,14 +262,13 @@ struct Workspace {
   Workspace(const AttentionParams& params, const AttentionGradients& gradients, const Plan& plan,
             Arena* arena)
       : p(params), g(gradients), tables(p, plan, arena) {
-    const int64_t rows = plan.heads * p.L;
     if (!kIsFloat<T>) {
-      grad_q = arena->take<float>(rows * p.D);
-      grad_v = arena->take<float>(rows * p.Dv);
+      grad_q = arena->take<float>(plan.heads * p.L * p.D);
+      grad_v = arena->take<float>(plan.heads * p.Lk * p.Dv);
     }
-    if (!kIsFloat<T> || !p.k.data) grad_k = arena->take<float>(rows * p.D);
-    delta = arena->take<float>(rows);
-    seen = arena->take<uint8_t>(rows * p.R);
+    if (!kIsFloat<T> || !p.k.data) grad_k = arena->take<float>(plan.heads * p.Lk * p.D);
+    delta = arena->take<float>(plan.heads * p.L);
+    seen = arena->take<uint8_t>(plan.heads * p.R * max_of(p.L, p.Lk));
     Arena one;
     BackwardWorker<T>(p, g, plan, &one);
     worker_bytes = one.used;
@@ -278,25 +278,25 @@ struct Workspace {
   Head head_at(int64_t first, int64_t slot) const { return tables.head(p, first, slot); }
   Sums sums_at(const Head& head, int64_t slot) const {
     Sums sums;
-    sums.grad_q = pick(grad_q, g.grad_q, head, slot, p.D, &sums.grad_q_stride);
-    sums.grad_k = pick(grad_k, g.grad_k, head, slot, p.D, &sums.grad_k_stride);
-    sums.grad_v = pick(grad_v, g.grad_v, head, slot, p.Dv, &sums.grad_v_stride);
+    sums.grad_q = pick(grad_q, g.grad_q, head, slot * p.L, p.D, &sums.grad_q_stride);
+    sums.grad_k = pick(grad_k, g.grad_k, head, slot * p.Lk, p.D, &sums.grad_k_stride);
+    sums.grad_v = pick(grad_v, g.grad_v, head, slot * p.Lk, p.Dv, &sums.grad_v_stride);
     sums.delta = delta + slot * p.L;
     return sums;
   }
 
  private:
-  float* pick(float* scratch, const Rows& rows, const Head& head, int64_t slot, int64_t d,
+  float* pick(float* scratch, const Rows& rows, const Head& head, int64_t row, int64_t d,
               int64_t* stride) const {
     *stride = scratch ? d : rows.row_stride;
-    return scratch ? scratch + slot * p.L * d : row_of<float>(rows, head.b, head.h, 0);
+    return scratch ? scratch + row * d : row_of<float>(rows, head.b, head.h, 0);
   }
 };
 
-// delta_i, the norm, and zeros for the sums that tiles add to.
+// delta_i and the norm of query i.
 template <typename T>
-void prepare_row(const AttentionParams& p, const AttentionGradients& g, const Head& head, const Sums& sums,
-                 int64_t i) {
+void prepare_query(const AttentionParams& p, const AttentionGradients& g, const Head& head, const Sums& sums,
+                   int64_t i) {
   const T* out = row_of<const T>(p.out, head.b, head.h, i);
   const T* grad_out = row_of<const T>(g.grad_out, head.b, head.h, i);
   vfloat lanes{};
@@ -307,32 +307,37 @@ void prepare_row(const AttentionParams& p, const AttentionGradients& g, const He
   if (g.grad_lse) delta -= g.grad_lse[head.index * p.L + i];
   sums.delta[i] = delta;
   if (head.inverse_norms) head.inverse_norms[i] = inverse_norm<T>(p, head, i);
-  memset(sums.grad_k + i * sums.grad_k_stride, 0, static_cast<size_t>(p.D) * sizeof(float));
-  memset(sums.grad_v + i * sums.grad_v_stride, 0, static_cast<size_t>(p.Dv) * sizeof(float));
 }
 
-// The sums of row i to the gradients of q, k and v: undoes scale and key normalisation, and adds the value's
-// gradient where the query saw only itself. `key` and `grad` have room for d_padded floats.
+// Zeros for the sums that tiles add to.
+static void prepare_key(const AttentionParams& p, const Sums& sums, int64_t j) {
+  memset(sums.grad_k + j * sums.grad_k_stride, 0, static_cast<size_t>(p.D) * sizeof(float));
+  memset(sums.grad_v + j * sums.grad_v_stride, 0, static_cast<size_t>(p.Dv) * sizeof(float));
+}
+
+// The sums of key j to the gradients of k and v, and of shared query-keys to what q's gradient adds: undoes
+// scale and key normalisation, and adds the value's gradient where the query saw only itself. Padding was
+// read as zeros: nothing depends on it. `key` and `grad` have room for d_padded floats.
 template <typename T>
-void finish_row(const AttentionParams& p, const AttentionGradients& g, const Plan& plan, const Head& head,
-                const Sums& sums, int64_t i, float* key, float* grad) {
-  const bool padding = is_padding(head, i);
-  float* grad_q = sums.grad_q + i * sums.grad_q_stride;
-  float* grad_k = sums.grad_k + i * sums.grad_k_stride;
-  float* grad_v = sums.grad_v + i * sums.grad_v_stride;
-  if (padding) {  // rows read as zeros: nothing depends on them
-    memset(grad_q, 0, static_cast<size_t>(p.D) * sizeof(float));
+void finish_key(const AttentionParams& p, const AttentionGradients& g, const Plan& plan, const Head& head,
+                const Sums& sums, int64_t j, float* key, float* grad) {
+  const bool padding = is_padding(head, j);
+  float* grad_k = sums.grad_k + j * sums.grad_k_stride;
+  float* grad_v = sums.grad_v + j * sums.grad_v_stride;
+  if (padding) {
     memset(grad_k, 0, static_cast<size_t>(p.D) * sizeof(float));
     memset(grad_v, 0, static_cast<size_t>(p.Dv) * sizeof(float));
-  } else if (p.rule.exclude_self && p.lse[head.index * p.L + i] == kSelfOnlyLse) {
-    const T* grad_out = row_of<const T>(g.grad_out, head.b, head.h, i);
+  } else if (p.rule.exclude_self && p.lse[head.index * p.L + j] == kSelfOnlyLse) {
+    const T* grad_out = row_of<const T>(g.grad_out, head.b, head.h, j);
     for (int64_t k = 0; k < p.Dv; ++k) grad_v[k] += to_float(grad_out[k]);
   }
+  if constexpr (!kIsFloat<T>) store_row(grad_v, p.Dv, 1.0f, row_of<T>(g.grad_v, head.b, head.h, j));
   if (p.k.data) {
-    store_row(grad_k, p.D, p.scale, row_of<T>(g.grad_k, head.b, head.h, i));
+    store_row(grad_k, p.D, p.scale, row_of<T>(g.grad_k, head.b, head.h, j));
   } else if (!padding) {
-    const float inverse = head.inverse_norms ? head.inverse_norms[i] : 1.0f;
-    load_row(row_of<const T>(p.q, head.b, head.h, i), p.D, plan.d_padded, key, inverse);
+    float* grad_q = sums.grad_q + j * sums.grad_q_stride;
+    const float inverse = head.inverse_norms ? head.inverse_norms[j] : 1.0f;
+    load_row(row_of<const T>(p.q, head.b, head.h, j), p.D, plan.d_padded, key, inverse);
     load_row(grad_k, p.D, plan.d_padded, grad, p.scale * inverse);
     vfloat lanes{};
     for (int64_t k = 0; k < plan.d_padded; k += kLanes) lanes += load(key + k) * load(grad + k);
@@ -342,10 +347,15 @@ void finish_row(const AttentionParams& p, const AttentionGradients& g, const Pla
     const float along = constant ? 0.0f : sum_of_lanes(lanes);
     for (int64_t k = 0; k < p.D; ++k) grad_q[k] += grad[k] - along * key[k];
   }
-  if constexpr (!kIsFloat<T>) {
-    store_row(grad_q, p.D, 1.0f, row_of<T>(g.grad_q, head.b, head.h, i));
-    store_row(grad_v, p.Dv, 1.0f, row_of<T>(g.grad_v, head.b, head.h, i));
-  }
+}
+
+// The sums of query i to its gradient, after finish_key.
+template <typename T>
+void finish_query(const AttentionParams& p, const AttentionGradients& g, const Head& head, const Sums& sums,
+                  int64_t i) {
+  float* grad_q = sums.grad_q + i * sums.grad_q_stride;
+  if (is_padding_query(head, i)) memset(grad_q, 0, static_cast<size_t>(p.D) * sizeof(float));
+  if constexpr (!kIsFloat<T>) store_row(grad_q, p.D, 1.0f, row_of<T>(g.grad_q, head.b, head.h, i));
 }
 
 template <typename T>
@@ -355,7 +365,8 @@ Status backward(const AttentionParams& p, const AttentionGradients& g) {
   const Plan plan = make_plan(p);
   Arena arena{static_cast<char*>(p.workspace), 0};
   const Workspace<T> workspace(p, g, plan, &arena);
-  const int64_t row_tasks = ceil_div(p.L, kRowsPerTask);
+  const int64_t rows = max_of(p.L, p.Lk), row_tasks = ceil_div(rows, kRowsPerTask);
+  const int64_t all_segments = key_segments(p, plan);
   const bool crossings = p.rule.ring && !plan.inside_bucket;
   Status status = Status::kOk;
 #pragma omp parallel num_threads(p.threads)
@@ -370,25 +381,25 @@ Status backward(const AttentionParams& p, const AttentionGradients& g) {
         const int64_t slot = task / row_tasks, begin = task % row_tasks * kRowsPerTask;
         const Head head = workspace.head_at(first, slot);
         const Sums sums = workspace.sums_at(head, slot);
-        for (int64_t i = begin; i < min_of(begin + kRowsPerTask, p.L); ++i)
-          prepare_row<T>(p, g, head, sums, i);
+        for (int64_t i = begin; i < min_of(begin + kRowsPerTask, rows); ++i) {
+          if (i < p.L) prepare_query<T>(p, g, head, sums, i);
+          if (i < p.Lk) prepare_key(p, sums, i);
+        }
       }
       // Looked at again: a caller of the operator may have changed the layout since.
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < heads * p.R; ++task) {
         const Head head = workspace.head_at(first, task / p.R);
-        const Status found = check_layout(p, plan, head, task % p.R, workspace.seen + task * p.L);
+        const Status found = prepare_layout(p, plan, head, task % p.R, workspace.seen + task * rows);
         if (found != Status::kOk) {
 #pragma omp atomic write
           status = found;
-        } else if (head.codes) {
-          write_codes(p, plan, head, task % p.R);
         }
       }
       if (status != Status::kOk) break;  // one value for all threads, by the barrier
       for (int64_t round = 0; round < p.R; ++round) {
         for (int64_t parity = 0; parity < 2; ++parity) {
-          const int64_t segments = (plan.segments + 1 - parity) / 2;
+          const int64_t segments = (all_segments + 1 - parity) / 2;
 #pragma omp for schedule(dynamic, 1)
           for (int64_t task = 0; task < heads * segments; ++task) {
             const int64_t slot = task / segments;
@@ -411,8 +422,10 @@ Status backward(const AttentionParams& p, const AttentionGradients& g) {
         const int64_t slot = task / row_tasks, begin = task % row_tasks * kRowsPerTask;
         const Head head = workspace.head_at(first, slot);
         const Sums sums = workspace.sums_at(head, slot);
-        for (int64_t i = begin; i < min_of(begin + kRowsPerTask, p.L); ++i)
-          finish_row<T>(p, g, plan, head, sums, i, key, grad);
+        for (int64_t i = begin; i < min_of(begin + kRowsPerTask, rows); ++i) {
+          if (i < p.Lk) finish_key<T>(p, g, plan, head, sums, i, key, grad);
+          if (i < p.L) finish_query<T>(p, g, head, sums, i);
+        }
       }
     }
   }

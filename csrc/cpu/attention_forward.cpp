@@ -35,13 +35,13 @@ class ForwardWorker {
   }
 
   void run_segment(const Head& head, const Running& running, int64_t round, int64_t segment) {
-    panels_.enter(head, round * p_.L, (round + 1) * p_.L, p_.rule.ring);
-    const int64_t first = segment * plan_.segment_tiles;
-    for (int64_t t = first; t < min_of(first + plan_.segment_tiles, plan_.tiles); ++t) {
-      make_tile(p_, plan_, head, round, t, &tile_);
+    panels_.enter(head, round * p_.Lk, (round + 1) * p_.Lk, p_.rule.ring);
+    for (Ranks ranks = tile_segment(p_, plan_, segment); ranks.first < ranks.last; ranks.first += kTileRows) {
+      make_tile(p_, plan_, head, round, ranks, &tile_);
       load_queries(head);
-      for (int64_t from = tile_.first_panel; from < tile_.last_panel; from += plan_.block_panels)
-        attend_block(head, running, from, min_of(from + plan_.block_panels, tile_.last_panel));
+      Block block = next_block(plan_, tile_, INT64_MIN);
+      for (; block.from < tile_.last_panel; block = next_block(plan_, tile_, block.to))
+        attend_block(head, running, block.from, block.to);
       if (tile_.first_panel == tile_.last_panel) clear_rows();
       merge(head, running);
     }
@@ -53,7 +53,7 @@ class ForwardWorker {
   void load_queries(const Head& head) {
     for (int i = 0; i < tile_.rows; ++i) {
       float* row = queries_ + i * plan_.d_padded;
-      if (is_padding(head, tile_.position[i]))
+      if (is_padding_query(head, tile_.position[i]))
         memset(row, 0, static_cast<size_t>(plan_.d_padded) * sizeof(float));
       else
         load_row(row_of<const T>(p_.q, head.b, head.h, tile_.position[i]), p_.D, plan_.d_padded, row);
@@ -160,7 +160,11 @@ class ForwardWorker {
           sums += next;
         }
       }
-      float sum = p_.rule.bucket_window ? sum_from_first_key(i, met[0], count, row) : sum_of_lanes(sums);
+      // Panels that no row may see, such as padding, are left out: then lanes are not counted from the first
+      // key.
+      const bool gapless = met[count - 1] - met[0] + 1 == count;
+      float sum =
+          p_.rule.bucket_window && gapless ? sum_from_first_key(i, met[0], count, row) : sum_of_lanes(sums);
       if (maximum == -kInfinity && sees_any<kCompare>(group, i)) sum = __builtin_nanf("");
       if (factors_)
         for (int m = 0; m < count; ++m) {
@@ -242,7 +246,7 @@ class ForwardWorker {
     float lse = maximum * kLn2 + __builtin_logf(sum), scale = 1.0f / sum;
     if (lse == kSelfOnlyLse) lse = __builtin_nextafterf(lse, 0.0f);  // the mark of a row that saw only itself
     if (sum == 0.0f) {                                               // nothing to attend to
-      const bool itself = p_.rule.exclude_self && !is_padding(head, position);
+      const bool itself = p_.rule.exclude_self && !is_padding_query(head, position);
       if (itself) load_row(row_of<const T>(p_.v, head.b, head.h, position), p_.Dv, plan_.dv_padded, out);
       lse = itself ? kSelfOnlyLse : -kInfinity;
       scale = itself ? 1.0f : 0.0f;
@@ -290,7 +294,7 @@ struct Workspace {
       sum = arena->take<float>(plan.heads * p.L);
       if (!kIsFloat<T>) out = arena->take<float>(plan.heads * p.L * p.Dv);
     }
-    seen = arena->take<uint8_t>(plan.heads * p.R * p.L);
+    seen = arena->take<uint8_t>(plan.heads * p.R * max_of(p.L, p.Lk));
     Arena one;
     ForwardWorker<T>(p, plan, &one);
     worker_bytes = one.used;
@@ -329,12 +333,11 @@ Status forward(const AttentionParams& p) {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < heads * p.R; ++task) {
         const Head head = workspace.tables.head(p, first, task / p.R);
-        const Status found = check_layout(p, plan, head, task % p.R, workspace.seen + task * p.L);
+        const Status found =
+            prepare_layout(p, plan, head, task % p.R, workspace.seen + task * max_of(p.L, p.Lk));
         if (found != Status::kOk) {
 #pragma omp atomic write
           status = found;
-        } else if (head.codes) {
-          write_codes(p, plan, head, task % p.R);
         }
       }
       // The barrier at the end of the loop above makes `status` one value for all threads.

@@ -1,9 +1,9 @@
 // The shape of the work in attention: tiles of queries in sorted order, each with one range of ring
 // positions.
 //
-// Ring position g = round * L + rank: `order` of one head, read from end to end, is the ring. A range may
-// leave [0, R * L); its positions then wrap. Everything here is a function of the problem alone, never of
-// the number of threads, so neither is any result.
+// Ring position g = round * Lk + rank: the keys' order of one head, read from end to end, is the ring. A
+// range may leave [0, R * Lk); its positions then wrap. Everything here is a function of the problem alone,
+// never of the number of threads, so neither is any result.
 #pragma once
 
 #include "matmul.h"
@@ -25,11 +25,13 @@ REFORMER_INLINE int64_t floor_mod(int64_t a, int64_t b) { return a - floor_div(a
 REFORMER_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Plan {
-  int64_t ring_length = 0;    // R * L
+  bool separate = false;      // keys are sorted apart from the queries
+  int64_t ring_length = 0;    // R * Lk
   int64_t chunks = 0;         // chunks in a round
   int64_t tiles = 0;          // tiles in a round
   int64_t segment_tiles = 0;  // tiles that one task walks, carrying packed keys from tile to tile
   int64_t segments = 0;
+  int64_t cursor_span = 0;    // where separate, tasks of the backward pass are the queries of so many cursors
   int64_t block_panels = 0;   // panels whose logits are held at once
   int64_t cached_panels = 0;  // panels kept packed, a power of two
   int64_t heads = 0;          // (batch, head) pairs worked on together
@@ -46,22 +48,24 @@ struct Plan {
 static inline Plan make_plan(const AttentionParams& p) {
   const AttentionRule& rule = p.rule;
   Plan plan;
-  plan.ring_length = p.R * p.L;
+  plan.separate = p.key_order != nullptr;
+  plan.ring_length = p.R * p.Lk;
   plan.chunks = ceil_div(p.L, rule.chunk_length);
   plan.tiles = ceil_div(p.L, kTileRows);
   plan.d_padded = round_up(p.D, kLanes);
   plan.dv_padded = round_up(p.Dv, kLanes);
   plan.compares_buckets = rule.bucket_mask && !rule.bucket_window && rule.ring &&
                           max_of(rule.chunks_before, rule.chunks_after) > (p.R - 1) * plan.chunks;
-  plan.inside_bucket = rule.bucket_window || (rule.bucket_mask && !plan.compares_buckets);
-  plan.sorts_positions = rule.causal && !plan.inside_bucket && rule.chunk_length % kTileRows == 0;
+  plan.inside_bucket = rule.bucket_mask && !plan.compares_buckets;
+  plan.sorts_positions =
+      rule.causal && !plan.inside_bucket && !rule.bucket_window && rule.chunk_length % kTileRows == 0;
   // How far a tile's keys reach below its first and above its last query.
   int64_t below, above;
   if (rule.bucket_window) {
     below = rule.window_before;
     above = rule.window_after + 1;
-    plan.before = static_cast<int32_t>(min_of(rule.window_before, p.L));
-    plan.after = static_cast<int32_t>(min_of(rule.window_after, p.L));
+    plan.before = static_cast<int32_t>(min_of(rule.window_before, p.Lk)) - (plan.separate ? 1 : 0);
+    plan.after = static_cast<int32_t>(min_of(rule.window_after, p.Lk));
   } else {
     below = (rule.chunks_before + 1) * rule.chunk_length;
     above = (rule.chunks_after + 1) * rule.chunk_length;
@@ -70,7 +74,7 @@ static inline Plan make_plan(const AttentionParams& p) {
     plan.after = static_cast<int32_t>(rule.ring ? rule.chunks_after : min_of(rule.chunks_after, p.L));
   }
   plan.ring_turns = static_cast<int32_t>((plan.before + plan.after) / (p.R * plan.chunks)) + 2;
-  if (!rule.ring) below = min_of(below, p.L), above = min_of(above, p.L);
+  if (!rule.ring) below = min_of(below, p.Lk), above = min_of(above, p.Lk);
   const int64_t needed = ceil_div(below + kTileRows + above, kPanel) + 2 * kTileRows / kPanel;
   // In a bucket window all logits of a row are held at once (up to a size): its sum then does not depend
   // on where in the tile the row lies, so appending tokens changes no bit of earlier outputs.
@@ -79,9 +83,11 @@ static inline Plan make_plan(const AttentionParams& p) {
   while (plan.cached_panels < max_of(plan.block_panels, min_of<int64_t>(needed, 1024 / kPanel)))
     plan.cached_panels *= 2;
   // Tasks of the backward pass add to rows of keys: with segments at least as long as the reach, the even
-  // segments do not touch one another's keys, nor do the odd ones.
+  // segments do not touch one another's keys, nor do the odd ones. Where keys are sorted apart, it is cursors
+  // that must be so far apart.
   plan.segment_tiles = max_of<int64_t>(16, ceil_div(below + above + 2 * kTileRows, kTileRows));
   plan.segments = ceil_div(plan.tiles, plan.segment_tiles);
+  plan.cursor_span = plan.segment_tiles * kTileRows;
   // Few heads at a time keep their rows in the last-level cache; enough of them keep the threads busy.
   const int64_t wanted = 16 * static_cast<int64_t>(p.threads);
   plan.heads = min_of(p.B * p.H, max_of<int64_t>(1, ceil_div(wanted, plan.segments)));
@@ -100,23 +106,29 @@ struct Arena {
   }
 };
 
-// The orders of one head are the ring.
+// The orders of one head. The keys' are the ring; they are the queries' own unless sorted apart.
 struct Head {
   int64_t index = 0, b = 0, h = 0;
-  const int32_t* order = nullptr;   // (R, L)
-  const int32_t* starts = nullptr;  // (R, starts_size)
-  const float* key_bias = nullptr;  // (L)
-  int32_t* codes = nullptr;         // (L, R), where duplicates are corrected
-  float* inverse_norms = nullptr;   // (L), of query-keys that are normalised
+  const int32_t* order = nullptr;       // (R, L)
+  const int32_t* starts = nullptr;      // (R, starts_size)
+  const int32_t* key_order = nullptr;   // (R, Lk)
+  const int32_t* key_starts = nullptr;  // (R, starts_size)
+  const float* key_bias = nullptr;      // (Lk)
+  int32_t* cursors = nullptr;           // (R, L), by rank, of keys sorted apart; null elsewhere
+  int32_t* codes = nullptr;             // (L, R), where duplicates are corrected
+  int32_t* key_codes = nullptr;         // (Lk, R), likewise
+  float* inverse_norms = nullptr;       // (L), of query-keys that are normalised
 };
 
-// What is worked out once a head, before its tiles: codes and norms of a group of heads.
+// What is worked out once a head, before its tiles: cursors, codes and norms of a group of heads.
 struct HeadTables {
-  int32_t* codes = nullptr;
+  int32_t *cursors = nullptr, *codes = nullptr, *key_codes = nullptr;
   float* inverse_norms = nullptr;
 
   HeadTables(const AttentionParams& p, const Plan& plan, Arena* arena) {
     if (p.rule.correct_duplicates) codes = arena->take<int32_t>(plan.heads * p.L * p.R);
+    if (plan.separate) cursors = arena->take<int32_t>(plan.heads * p.L * p.R);
+    if (plan.separate && p.rule.correct_duplicates) key_codes = arena->take<int32_t>(plan.heads * p.Lk * p.R);
     if (!p.k.data && p.rule.key_norm != KeyNorm::kNone) inverse_norms = arena->take<float>(plan.heads * p.L);
   }
 
@@ -128,15 +140,22 @@ struct HeadTables {
     head.h = head.index % p.H;
     head.order = p.order + head.index * p.R * p.L;
     head.starts = p.starts + head.index * p.R * p.starts_size;
-    head.key_bias = p.key_bias ? p.key_bias + head.b * p.L : nullptr;
+    head.key_order = p.key_order ? p.key_order + head.index * p.R * p.Lk : head.order;
+    head.key_starts = p.key_order ? p.key_starts + head.index * p.R * p.starts_size : head.starts;
+    head.key_bias = p.key_bias ? p.key_bias + head.b * p.Lk : nullptr;
+    head.cursors = cursors ? cursors + slot * p.L * p.R : nullptr;
     head.codes = codes ? codes + slot * p.L * p.R : nullptr;
+    head.key_codes = key_codes ? key_codes + slot * p.Lk * p.R : head.codes;
     head.inverse_norms = inverse_norms ? inverse_norms + slot * p.L : nullptr;
     return head;
   }
 };
 
-REFORMER_INLINE bool is_padding(const Head& head, int64_t position) {
-  return head.key_bias && head.key_bias[position] == -kInfinity;
+REFORMER_INLINE bool is_padding(const Head& head, int64_t key_position) {
+  return head.key_bias && head.key_bias[key_position] == -kInfinity;
+}
+REFORMER_INLINE bool is_padding_query(const Head& head, int64_t position) {
+  return !head.cursors && is_padding(head, position);
 }
 
 // The last bucket that starts at or below `rank` and is not empty.
@@ -152,46 +171,124 @@ REFORMER_INLINE int64_t bucket_of_rank(const int32_t* starts, int64_t starts_siz
   return low;
 }
 
-static inline Status check_layout(const AttentionParams& p, const Plan& plan, const Head& head, int64_t round,
-                                  uint8_t* seen) {
-  const int32_t* order = head.order + round * p.L;
-  memset(seen, 0, static_cast<size_t>(p.L));
-  for (int64_t i = 0; i < p.L; ++i) {
-    if (order[i] < 0 || order[i] >= p.L || seen[order[i]]) return Status::kBadOrder;
+// `seen` is `length` bytes of scratch.
+static inline Status check_order(const int32_t* order, const int32_t* starts, int64_t length,
+                                 int64_t starts_size, bool sorted, uint8_t* seen) {
+  memset(seen, 0, static_cast<size_t>(length));
+  for (int64_t i = 0; i < length; ++i) {
+    if (order[i] < 0 || order[i] >= length || seen[order[i]]) return Status::kBadOrder;
     seen[order[i]] = 1;
   }
-  const int32_t* starts = head.starts + round * p.starts_size;
-  if (starts[0] != 0 || starts[p.starts_size - 1] != p.L) return Status::kBadStarts;
-  for (int64_t x = 1; x < p.starts_size; ++x)
+  if (starts[0] != 0 || starts[starts_size - 1] != length) return Status::kBadStarts;
+  for (int64_t x = 1; x < starts_size; ++x)
     if (starts[x] < starts[x - 1]) return Status::kBadStarts;
-  if (!p.rule.causal || !plan.inside_bucket) return Status::kOk;
-  for (int64_t x = 1; x < p.starts_size; ++x)
+  if (!sorted) return Status::kOk;
+  for (int64_t x = 1; x < starts_size; ++x)
     for (int64_t i = starts[x - 1] + 1; i < starts[x]; ++i)
       if (order[i] < order[i - 1]) return Status::kUnsorted;
   return Status::kOk;
 }
 
 // codes[position * R + round], such that key j is in the window of query i in that round exactly if
-// -after <= code_i - code_j <= before: chunk numbers (ranks, for bucket windows), with a jump wherever a
-// bucket mask parts two tokens. Read only to count the rounds in which a pair meets. Codes may wrap around:
-// a difference is taken modulo 2^32, and spans less than that within a head.
+// -after <= code_i - code_j <= before: chunk numbers (ranks, for bucket windows; of keys sorted apart, that
+// of the last key not after the query), with a jump wherever a bucket mask parts two tokens. Read only to
+// count the rounds in which a pair meets. Codes may wrap around: a difference is taken modulo 2^32, and spans
+// less than that within a head.
 static inline void write_codes(const AttentionParams& p, const Plan& plan, const Head& head, int64_t round) {
   const int32_t* order = head.order + round * p.L;
   const int32_t* starts = head.starts + round * p.starts_size;
+  const int32_t* key_order = head.key_order + round * p.Lk;
+  const int32_t* key_starts = head.key_starts + round * p.starts_size;
   const bool jumps = plan.inside_bucket || plan.compares_buckets;
   const int64_t around = plan.compares_buckets ? (plan.ring_turns + 1) * p.R * plan.chunks : 0;
   const uint32_t jump = static_cast<uint32_t>(max_of(plan.before, plan.after) + around) + 1;
   uint32_t offset = 0;
-  int64_t bucket_end = 0, bucket = 0;
-  for (int64_t rank = 0; rank < p.L; ++rank) {
-    if (jumps && rank == bucket_end) {
-      while (starts[bucket + 1] <= rank) ++bucket;
-      bucket_end = starts[bucket + 1];
-      offset += jump;
+  const auto code = [&](int64_t own) { return static_cast<int32_t>(static_cast<uint32_t>(own) + offset); };
+  for (int64_t bucket = 0; bucket + 1 < p.starts_size; ++bucket) {
+    const int64_t begin = starts[bucket], end = starts[bucket + 1];
+    const int64_t key_begin = key_starts[bucket], key_end = key_starts[bucket + 1];
+    if (jumps && (end > begin || key_end > key_begin)) offset += jump;
+    if (plan.separate) {
+      for (int64_t rank = begin; rank < end; ++rank)
+        head.codes[order[rank] * p.R + round] = code(head.cursors[round * p.L + rank] - 1);
+      for (int64_t rank = key_begin; rank < key_end; ++rank)
+        head.key_codes[key_order[rank] * p.R + round] = code(rank);
+    } else {
+      for (int64_t rank = begin; rank < end; ++rank)
+        head.codes[order[rank] * p.R + round] =
+            code(p.rule.bucket_window ? rank : rank / p.rule.chunk_length);
     }
-    const int64_t own = p.rule.bucket_window ? rank : rank / p.rule.chunk_length;
-    head.codes[order[rank] * p.R + round] = static_cast<int32_t>(static_cast<uint32_t>(own) + offset);
   }
+}
+
+// The cursor of each query of a round, in order of rank: see AttentionParams.
+static inline void write_cursors(const AttentionParams& p, const Head& head, int64_t round) {
+  const int32_t* order = head.order + round * p.L;
+  const int32_t* starts = head.starts + round * p.starts_size;
+  const int32_t* key_order = head.key_order + round * p.Lk;
+  const int32_t* key_starts = head.key_starts + round * p.starts_size;
+  int32_t* cursors = head.cursors + round * p.L;
+  const bool alike = p.rule.causal || p.L == p.Lk;
+  for (int64_t bucket = 0; bucket + 1 < p.starts_size; ++bucket) {
+    int32_t cursor = key_starts[bucket];
+    for (int64_t rank = starts[bucket]; rank < starts[bucket + 1]; ++rank) {
+      const int64_t place = alike ? order[rank] : order[rank] * p.Lk / p.L;
+      while (cursor < key_starts[bucket + 1] && key_order[cursor] <= place) ++cursor;
+      cursors[rank] = cursor;
+    }
+  }
+}
+
+// Checks a round of a head's layout and works out its tables. `seen` is max(L, Lk) bytes of scratch.
+static inline Status prepare_layout(const AttentionParams& p, const Plan& plan, const Head& head,
+                                    int64_t round, uint8_t* seen) {
+  const bool sorted = plan.separate || (p.rule.causal && plan.inside_bucket);
+  Status status = check_order(head.order + round * p.L, head.starts + round * p.starts_size, p.L,
+                              p.starts_size, sorted, seen);
+  if (status == Status::kOk && plan.separate)
+    status = check_order(head.key_order + round * p.Lk, head.key_starts + round * p.starts_size, p.Lk,
+                         p.starts_size, sorted, seen);
+  if (status != Status::kOk) return status;
+  if (plan.separate) write_cursors(p, head, round);
+  if (head.codes) write_codes(p, plan, head, round);
+  return Status::kOk;
+}
+
+// Ranks [first, last) of a round's sorted queries.
+struct Ranks {
+  int64_t first = 0, last = 0;
+};
+
+// Segment `index` of the tiles of a round.
+static inline Ranks tile_segment(const AttentionParams& p, const Plan& plan, int64_t index) {
+  const int64_t rows = plan.segment_tiles * kTileRows;
+  return Ranks{index * rows, min_of((index + 1) * rows, p.L)};
+}
+
+// The first query of a round whose cursor is at least `cursor`.
+static inline int64_t rank_of_cursor(const AttentionParams& p, const Head& head, int64_t round,
+                                     int64_t cursor) {
+  const int32_t* cursors = head.cursors + round * p.L;
+  int64_t low = 0, high = p.L;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (cursors[middle] < cursor)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// Segments whose queries see keys that the next but one segment's do not: see `Plan::cursor_span`.
+static inline int64_t key_segments(const AttentionParams& p, const Plan& plan) {
+  return plan.separate ? p.Lk / plan.cursor_span + 1 : plan.segments;
+}
+static inline Ranks key_segment(const AttentionParams& p, const Plan& plan, const Head& head, int64_t round,
+                                int64_t index) {
+  if (!plan.separate) return tile_segment(p, plan, index);
+  return Ranks{rank_of_cursor(p, head, round, index * plan.cursor_span),
+               rank_of_cursor(p, head, round, (index + 1) * plan.cursor_span)};
 }
 
 struct Tile {
@@ -239,16 +336,18 @@ static inline void sort_rows(Tile* tile) {
   }
 }
 
+// The tile of up to kTileRows queries from rank `ranks.first` on.
 static inline void make_tile(const AttentionParams& p, const Plan& plan, const Head& head, int64_t round,
-                             int64_t index, Tile* tile) {
+                             Ranks ranks, Tile* tile) {
   const AttentionRule& rule = p.rule;
-  const int64_t ring_start = round * p.L, length = p.L;
+  const int64_t ring_start = round * p.Lk, length = p.Lk;
   const int64_t unit = plan.sorts_positions ? kTileRows : kPanel;  // of ring positions that stay together
   tile->round = round;
-  tile->first_rank = index * kTileRows;
-  tile->rows = static_cast<int>(min_of<int64_t>(kTileRows, length - tile->first_rank));
+  tile->first_rank = ranks.first;
+  tile->rows = static_cast<int>(min_of<int64_t>(kTileRows, ranks.last - ranks.first));
   tile->groups = static_cast<int>(ceil_div(tile->rows, kGroupRows));
   const int32_t* starts = head.starts + round * p.starts_size;
+  const int32_t* key_starts = head.key_starts + round * p.starts_size;
   const bool buckets = plan.inside_bucket || plan.compares_buckets;
   int64_t bucket = buckets ? bucket_of_rank(starts, p.starts_size, tile->first_rank) : 0;
   const auto chunk_start = [&](int64_t chunk) {
@@ -258,13 +357,16 @@ static inline void make_tile(const AttentionParams& p, const Plan& plan, const H
   int64_t chunk = tile->first_rank / rule.chunk_length - 1, chunk_end = 0, chunk_low = 0, chunk_high = 0;
   tile->crosses = false;
   for (int i = 0; i < tile->rows; ++i) {
-    const int64_t rank = tile->first_rank + i, own = ring_start + rank;
-    tile->position[i] = head.order[own];
+    const int64_t rank = tile->first_rank + i;
+    tile->position[i] = head.order[round * p.L + rank];
     tile->rank[i] = static_cast<int32_t>(rank);
+    // The query itself on the ring, or the gap at its cursor.
+    const int64_t own = ring_start + (plan.separate ? head.cursors[round * p.L + rank] : rank);
+    const int64_t own_end = own + (plan.separate ? 0 : 1);
     int64_t low, high;
     if (rule.bucket_window) {
-      low = own - rule.window_before;
-      high = own + rule.window_after + 1;
+      low = max_of(own - rule.window_before, ring_start);
+      high = min_of(own_end + rule.window_after, ring_start + length);
     } else {
       if (rank >= chunk_end) {
         ++chunk;
@@ -286,9 +388,9 @@ static inline void make_tile(const AttentionParams& p, const Plan& plan, const H
       tile->bucket[i] = 0;
     }
     if (plan.inside_bucket) {
-      low = max_of(low, ring_start + starts[bucket]);
-      high = min_of(high, ring_start + starts[bucket + 1]);
-      if (rule.causal) high = min_of(high, own + (rule.exclude_self ? 0 : 1));
+      low = max_of(low, ring_start + key_starts[bucket]);
+      high = min_of(high, ring_start + key_starts[bucket + 1]);
+      if (rule.causal) high = min_of(high, rule.exclude_self ? own : own_end);
     }
     tile->low[i] = low;
     tile->high[i] = high;
@@ -317,6 +419,44 @@ static inline void make_tile(const AttentionParams& p, const Plan& plan, const H
     tile->last_panel = max_of(tile->last_panel, tile->panel_high[group]);
   }
   if (tile->first_panel == INT64_MAX) tile->first_panel = tile->last_panel = 0;
+}
+
+// Whether a panel holds keys of a group's ranges, between which there may be gaps.
+static inline bool group_meets(const Plan& plan, const Tile& tile, int group, int64_t panel) {
+  if (panel < tile.panel_low[group] || panel >= tile.panel_high[group]) return false;
+  if (!plan.separate) return true;
+  const int64_t low = panel * kPanel, high = low + kPanel;
+  for (int i = group * kGroupRows; i < group * kGroupRows + group_rows(tile, group); ++i)
+    if (tile.low[i] < min_of(high, tile.high[i]) && tile.high[i] > low) return true;
+  return false;
+}
+
+// Panels [from, to), to be worked on together.
+struct Block {
+  int64_t from = 0, to = 0;
+};
+
+// The block of a tile's panels after `last` (INT64_MIN: its first), at most block_panels long; `from` is
+// last_panel where there is none. Cursors rise, and so do ranges: panels between two ranges are skipped.
+static inline Block next_block(const Plan& plan, const Tile& tile, int64_t last) {
+  Block block;
+  block.from = max_of(last, tile.first_panel);
+  if (!plan.separate) {
+    block.to = min_of(block.from + plan.block_panels, tile.last_panel);
+    return block;
+  }
+  block.to = block.from;
+  for (int i = 0; i < tile.rows && block.to < block.from + plan.block_panels; ++i) {
+    const int64_t high = ceil_div(tile.high[i], kPanel);
+    if (tile.high[i] <= tile.low[i] || high <= block.to) continue;
+    const int64_t low = tile.low[i] / kPanel;
+    if (low > block.to && block.to > block.from) break;
+    if (block.to == block.from) block.from = max_of(block.from, low);
+    block.to = high;
+  }
+  block.to = min_of(block.to, block.from + plan.block_panels);
+  if (block.to == block.from) block.from = block.to = tile.last_panel;
+  return block;
 }
 
 }  // namespace REFORMER_ISA

@@ -95,7 +95,7 @@ class KeyPanels {
     int64_t g = end_ * kPanel + i;
     if (wrap_ && g >= plan_.ring_length) g -= plan_.ring_length;
     if (g >= 0 && g < (wrap_ ? plan_.ring_length : last_)) {
-      const int64_t position = head_.order[g];
+      const int64_t position = head_.key_order[g];
       prefetch_row(row_of<const T>(p_.k.data ? p_.k : p_.q, head_.b, head_.h, position), p_.D * kBytes);
       prefetch_row(row_of<const T>(p_.v, head_.b, head_.h, position), p_.Dv * kBytes);
     }
@@ -120,8 +120,8 @@ class KeyPanels {
 
   // Original position of the key at ring position g, -1 where there is none.
   int32_t position_at(int64_t g) const {
-    if (wrap_) return head_.order[floor_mod(g, plan_.ring_length)];
-    return g >= first_ && g < last_ ? head_.order[g] : -1;
+    if (wrap_) return head_.key_order[floor_mod(g, plan_.ring_length)];
+    return g >= first_ && g < last_ ? head_.key_order[g] : -1;
   }
 
   // The kTileRows ring positions from `block` on in order of position, keys that are not there last.
@@ -175,7 +175,7 @@ class KeyPanels {
       for (int lane = 0; lane < kPanel; ++lane)
         for (int64_t r = 0; r < p_.R; ++r)
           codes[r * kPanel + lane] =
-              panel.position[lane] < 0 ? 0 : head_.codes[panel.position[lane] * p_.R + r];
+              panel.position[lane] < 0 ? 0 : head_.key_codes[panel.position[lane] * p_.R + r];
     }
     for (int half = 0; half < kPanel; half += kLanes) {
       transpose_lanes(keys + half * plan_.d_padded, plan_.d_padded, p_.D,
@@ -240,7 +240,7 @@ class PairRule {
 
   // Whether any row of a group may attend to any key of the panel, as far as can be told at once.
   bool may_meet(const Tile& tile, int group, int64_t index, const Panel& panel) const {
-    if (index < tile.panel_low[group] || index >= tile.panel_high[group]) return false;
+    if (!group_meets(plan_, tile, group, index)) return false;
     if (compare_ != Compare::kBefore) return panel.first_position != INT32_MAX;
     return panel.first_position < tile.last_position[group] + (p_.rule.exclude_self ? 0 : 1);
   }
@@ -345,10 +345,11 @@ class PairRule {
 
   // The factors of row i and the kTileRows keys at ring positions g, g + 1, ...
   void write_factors(const Head& head, const Tile& tile, int i, int64_t g, float* factors) const {
-    const int64_t padded_length = round_up(p_.L, 4), end = g + kTileRows;
+    const int64_t padded_length = round_up(p_.Lk, 4), end = g + kTileRows;
     while (g < end) {
-      const int64_t on_ring = floor_mod(g, plan_.ring_length), round = on_ring / p_.L, rank = on_ring % p_.L;
-      const int64_t count = min_of(end - g, p_.L - rank), first_slot = round * padded_length + rank;
+      const int64_t on_ring = floor_mod(g, plan_.ring_length), round = on_ring / p_.Lk,
+                    rank = on_ring % p_.Lk;
+      const int64_t count = min_of(end - g, p_.Lk - rank), first_slot = round * padded_length + rank;
       uint32_t words[4 * kLanes];
       int64_t skip = first_slot % 4;
       for (int64_t done = 0, counter = first_slot / 4; done < count; counter += kLanes) {
