@@ -358,7 +358,7 @@ def shrunk(case: Case) -> Case:
     """The case with fewer heads, rounds and columns, until the reference can do it in a blink."""
 
     def work(c: Case) -> float:
-        width = reference._widest_range(c.rule, c.key_length or c.L)
+        width = reference.widest_range(c.rule, c.key_length or c.L)
         return c.B * c.H * c.R * c.L * (width * (c.D + c.Dv + (40 if c.dropout_p else 8)))
 
     for field, low in (("B", 1), ("H", 1), ("D", 9), ("Dv", 9), ("R", 2), ("L", 70)):
