@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from reformer_kernels.cli import models
+from reformer_kernels.cli import app, huggingface, models
+from reformer_kernels.cli.peers import Peer
 from reformer_kernels.cli.steps import Row
 
 QUICK: dict[str, Any] = {"budget": 0.0, "repeats": 1}
@@ -32,10 +34,22 @@ def test_language_model(dtype: torch.dtype) -> None:
     check(rows, "reformer_kernels", {"reformer_kernels", "Hugging Face", "reformer_pytorch"})
 
 
-def test_huggingface() -> None:
+def test_huggingface(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    rows = models.bench_huggingface((128,), 32, 2, 2, **QUICK)
-    check(rows, "Hugging Face", {"Hugging Face", "accelerated"})
+    small = {"hidden_size": 16, "num_attention_heads": 2, "attention_head_size": 8}
+    model = {"attn_layers": ["lsh"], "axial_pos_embds_dim": [4, 12], "feed_forward_size": 8}
+    monkeypatch.setitem(huggingface.MODELS, "small", small | model)
+    rows = huggingface.bench_attention((128,), (("lsh", 2), ("local", 1)), sizes=small, **QUICK)
+    rows += huggingface.bench_models((("small", 128),), **QUICK)
+    check(rows, "transformers", {"transformers", "accelerated"})
+    assert [row["phase"] for row in rows[::2]] == ["forward", "forward+backward"] * 2 + [
+        "forward",
+        "training step",
+    ]
+    assert all(row["output_error"] < 1e-5 for row in rows[:8])
+    monkeypatch.setattr(Peer, "missing", lambda _: "pip install transformers")
+    done = CliRunner().invoke(app, ["bench", "huggingface"])
+    assert done.exit_code == 2 and "pip install transformers" in done.output
 
 
 def test_multihead_attention() -> None:

@@ -120,6 +120,9 @@ def bench(
     if operation in layers_report.OPERATIONS:
         for name, file in (("--json", json_file), ("--png", picture)):
             writable_file(name, file)
+        missing = PEERS["hf"].missing() if operation == "huggingface" else None
+        if missing is not None:
+            raise usage_error(missing)
         console = new_console()
         document = layers_report.run(
             operation,

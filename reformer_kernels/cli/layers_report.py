@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from reformer_kernels.cli import layers, machine, models
+from reformer_kernels.cli import huggingface, layers, machine, models
 from reformer_kernels.cli.report import write_atomically
 
 OPERATIONS = ("reversible", "ffn", "loss", "memory", "model", "huggingface", "mha", "encoder")
@@ -41,7 +41,10 @@ def run(
     elif operation == "model":
         tables = {"Training step of a language model": lambda: models.bench_language_model(**timed)}
     elif operation == "huggingface":
-        tables = {"Hugging Face's LSH layer": lambda: models.bench_huggingface(**timed)}
+        tables = {
+            "Hugging Face's attention layers": lambda: huggingface.bench_attention(**timed),
+            "Hugging Face's models": lambda: huggingface.bench_models(**timed),
+        }
     elif operation == "mha":
         tables = {"Multi-head attention": lambda: models.bench_multihead_attention(**timed)}
     elif operation == "encoder":

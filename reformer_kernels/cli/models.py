@@ -1,4 +1,4 @@
-"""Whole models beside what they replace: `reformer-kernels bench model | huggingface | mha | encoder`.
+"""Whole models beside what they replace: `reformer-kernels bench model | mha | encoder`.
 
 Each `bench_*` function returns the rows of `steps.compare`; the step named first is the plain one.
 """
@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reformer_kernels import hf
 from reformer_kernels.cli.steps import Row, Step, compare
 from reformer_kernels.config import LSHConfig
 from reformer_kernels.modules.multihead_attention import MultiheadAttention
@@ -157,49 +156,6 @@ def _training_step(model: nn.Module, loss: Loss, tokens: Tensor, dtype: torch.dt
     return step
 
 
-def bench_huggingface(
-    lengths: Sequence[int] = (256, 1024, 4096, 16384),
-    width: int = 512,
-    heads: int = 8,
-    n_hashes: int = 4,
-    *,
-    budget: float = 20.0,
-    repeats: int = 5,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> list[Row]:
-    """Hugging Face's causal LSH layer (attention with its projections), as it is and accelerated."""
-    from transformers import ReformerConfig as TheirConfig
-    from transformers.models.reformer.modeling_reformer import LSHSelfAttention as Theirs
-
-    place = torch.device(device)
-    rows: list[Row] = []
-    for length in lengths:
-        torch.manual_seed(0)
-        config = TheirConfig(
-            attn_layers=["lsh"],
-            hidden_size=width,
-            num_attention_heads=heads,
-            attention_head_size=width // heads,
-            num_hashes=n_hashes,
-            max_position_embeddings=length,
-            is_decoder=True,
-            lsh_attention_probs_dropout_prob=0.0,
-        )
-        original = nn.ModuleDict({"attention": Theirs(config)}).to(place).train()
-        accelerated = copy.deepcopy(original)
-        hf.accelerate(accelerated)
-        x = torch.randn(1, length, width, device=place, requires_grad=True)
-        steps = {
-            name: _layer_step(functools.partial(_hidden_states, m), m, x, dtype)
-            for name, m in (("Hugging Face", original), ("accelerated", accelerated))
-        }
-        about = {"length": length, "width": width, "heads": heads, "n_hashes": n_hashes}
-        with _quiet_transformers():
-            rows += compare(steps, "Hugging Face", budget=budget, repeats=repeats, device=place, **about)
-    return rows
-
-
 def bench_multihead_attention(
     lengths: Sequence[int] = (128, 512, 1024, 2048, 4096),
     width: int = 512,
@@ -255,11 +211,6 @@ def bench_encoder(
     }
     about = {"length": length, "layers": layers, "width": width, "heads": heads}
     return compare(steps, "nn.TransformerEncoder", budget=budget, repeats=repeats, device=place, **about)
-
-
-def _hidden_states(module: nn.ModuleDict, x: Tensor) -> Tensor:
-    result: Tensor = module["attention"](x).hidden_states
-    return result
 
 
 def _attend_to_itself(module: nn.Module, x: Tensor) -> Tensor:
