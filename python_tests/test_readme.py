@@ -36,8 +36,8 @@ def test_public_names() -> None:
         "ReversibleSequence", "AxialPositionalEmbedding", "Reformer", "ReformerLM", "replace_attention",
     }  # fmt: skip
     functions = {
-        "sample_rotations", "lsh_hash", "bucket_sort", "lsh_layout", "attend", "lsh_attention", "local_attention",
-        "lsh_cross_attention", "chunked_feed_forward", "linear_cross_entropy",
+        "sample_rotations", "lsh_hash", "bucket_sort", "lsh_layout", "attend", "lsh_attention",
+        "local_attention", "lsh_cross_attention", "chunked_feed_forward", "linear_cross_entropy",
     }  # fmt: skip
     for module, wanted in ((reformer_kernels, names), (functional, functions)):
         assert wanted <= set(module.__all__)
