@@ -211,15 +211,15 @@ __global__ void __launch_bounds__(kThreads)
     for (int32_t i = threadIdx.x; i < kWarps * pass.radix; i += kThreads) counters[i] = 0;
     __syncthreads();
 
+    // What is beyond the tile's end counts as zeros, after all else: that moves nothing before it.
 #pragma unroll
     for (int item = 0; item < kItems; ++item) {
-      const bool present = element_of(step, item) < tile.end;
       const uint32_t digit = source.key(values[item]) & pass.mask;
-      const unsigned peers = __match_any_sync(kAllLanes, present ? digit : kAllLanes);
-      const int32_t met = present ? own[digit] : 0;
+      const unsigned peers = __match_any_sync(kAllLanes, digit);
+      const int32_t met = own[digit];
       ranks[item] = met + __popc(peers & lanes_below);
       __syncwarp();
-      if (present && (peers & lanes_below) == 0) own[digit] = static_cast<uint16_t>(met + __popc(peers));
+      if ((peers & lanes_below) == 0) own[digit] = static_cast<uint16_t>(met + __popc(peers));
       __syncwarp();
     }
     __syncthreads();

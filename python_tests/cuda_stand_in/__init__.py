@@ -33,7 +33,7 @@ def altered(source: str, *changes: tuple[str, str]) -> str:
 def without(source: str, text: str, number: int) -> str:
     """`source` without its occurrence `number` of `text`."""
     parts = source.split(text)
-    return text.join(parts[: number + 1]) + text.join(["", *parts[number + 1 :]])[len(text) :]
+    return text.join(parts[: number + 1]) + text.join(parts[number + 1 :])
 
 
 class Cases(NamedTuple):
@@ -88,18 +88,21 @@ class StandIn:
         result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert result.returncode == 0, result.stderr[-6000:]
 
-    def fault(self, name: str, schedule: str, cases: Cases, seed: int = 1) -> str | None:
+    def fault(self, name: str, schedule: str, cases: Cases, timeout: float = 300) -> str | None:
         """What is wrong with the results of a variant under a schedule; None where all is well."""
         output = self.folder / "output"
-        command = [str(self.program), str(self.names.index(name)), str(SCHEDULES.index(schedule)), str(seed)]
-        result = subprocess.run(
-            [*command, str(cases.path), str(output)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-            env={"TSAN_OPTIONS": f"exitcode={TSAN_RACE} halt_on_error=1"},
-        )
+        command = [str(self.program), str(self.names.index(name)), str(SCHEDULES.index(schedule)), "1"]
+        try:
+            result = subprocess.run(
+                [*command, str(cases.path), str(output)],
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                check=False,
+                env={"TSAN_OPTIONS": f"exitcode={TSAN_RACE} halt_on_error=1"},
+            )
+        except subprocess.TimeoutExpired:
+            return f"not done after {timeout} s"
         if result.returncode != 0:
             return f"exit code {result.returncode}: {result.stderr[:3000]}"
         got = output.read_bytes()
