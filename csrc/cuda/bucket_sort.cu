@@ -13,11 +13,11 @@
 // to the warp's counter of the digit. A scan of the counters across warps does the rest. No atomics, so the
 // order is the stable one by construction.
 //
-// Bytes that the model counts, an element: 12 in one pass, 24 in two (8 each read, 4 written, with 32-bit
-// words), and 20 * radix / tile_length for the counts: written once, read and written by place_tiles, which
-// reads them twice, and read by scatter_tiles. Tiles are at least about 4 * radix long, and 16 * radix where
-// that leaves enough blocks: 13 to 17 bytes a pass, 12 of them to device memory where the counts, a quarter
-// or a sixteenth of the ids, stay in L2. Predicted, not measured.
+// Bytes that the model counts, an element: 12 a pass (8 read, 4 written, with 32-bit words), and
+// 20 * radix / tile_length for the counts: written once, read twice and written by place_tiles, and read by
+// scatter_tiles. Tiles are at least 3 * radix long, and 12 * radix where that leaves enough blocks: 13 to 14
+// bytes a pass in large problems, up to 19 in small ones, whose counts stay in L2. Several passes add the
+// bisection, some 10 reads a bucket. Predicted, not measured: not yet run on a GPU.
 #include "../kernels.h"
 #include "primitives.h"
 
