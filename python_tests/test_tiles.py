@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from reformer_kernels.ops import tiles
+from reformer_kernels.ops import tile_search, tiles
 from reformer_kernels.ops.tiles import Tile, TileRow
 
 ROW = TileRow("attention_forward", "sm_90", 16, 64, Tile(32, 128, 64, 8, 3), spill_bytes=0)
@@ -112,3 +113,34 @@ def test_architectures_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         tiles.architecture_of(torch.device("cpu"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert tiles.architecture_of("cpu") == tiles.INTERPRETER
+
+
+def test_search_walks_to_the_best_neighbour_and_records_spills(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On made-up reports: larger rows are better up to 128, 2 warps would be best and spill."""
+
+    def inspected(tile: Tile) -> Any:
+        spills = 16 if tile.warps == 2 else 0
+        fault = [f"spills {spills} bytes a thread, 0 allowed"] if spills else []
+        return SimpleNamespace(
+            faults=fault, code=SimpleNamespace(dtype="bfloat16", head_dim=64, spill_bytes=spills, registers=9)
+        )
+
+    def judge(kernel: str, architecture: str, bits: int, head_dim: int, tile: Tile) -> tile_search.Judged:
+        if tile.keys > 64:
+            raise RuntimeError("does not compile: out of resources")
+        return tile_search.Judged(tile, inspected(tile), tile.warps / tile.rows + tile.stages)
+
+    said: list[str] = []
+    monkeypatch.setattr(tile_search, "judge", judge)
+    monkeypatch.setattr(tile_search, "_most_spilled", lambda *key: 0)
+    monkeypatch.setattr(tile_search, "_describe", lambda judged: "as judged")
+    row = tile_search.search("lsh_hash", "sm_90", 16, 64, evaluations=40, say=said.append)
+    assert (row.tile.rows, row.tile.warps, row.tile.stages, row.spill_bytes) == (128, 4, 1, 0)
+    assert row.key == ("lsh_hash", "sm_90", 16, 64)
+    assert any("out of resources" in line for line in said)
+    # So few compilations do not get there, and a start that is at fault is no answer.
+    few = tile_search.search("lsh_hash", "sm_90", 16, 64, evaluations=2, say=said.append)
+    assert few.tile != row.tile
+    monkeypatch.setattr(tile_search.tiles, "tile", lambda *a, **k: Tile(128, 64, 64, 2, 1))
+    with pytest.raises(RuntimeError, match="no tile of 1 suits lsh_hash on sm_90"):
+        tile_search.search("lsh_hash", "sm_90", 16, 64, evaluations=1, say=said.append)

@@ -147,8 +147,8 @@ def unavailable() -> str | None:
         import triton.compiler  # noqa: F401
     except ImportError as error:
         return f"Triton does not import ({error}); install it with: pip install triton"
-    if not _disassembler().exists():
-        return f"this Triton carries no disassembler ({_disassembler()}); install another: pip install triton"
+    if not disassembler().exists():
+        return f"this Triton carries no disassembler ({disassembler()}); install another: pip install triton"
     return None
 
 
@@ -160,7 +160,7 @@ def read(specialization: Specialization) -> MachineCode:
     reason = unavailable()
     if reason is not None:
         raise RuntimeError(f"{specialization} cannot be compiled: {reason}")
-    compiled = _compile(specialization)
+    compiled = compile_kernel(specialization)
     chip = CHIPS[specialization.architecture]
     if chip.target[0] == "cuda":
         registers, spills, instructions = _read_cubin(compiled.asm["cubin"])
@@ -277,7 +277,8 @@ def faults(code: MachineCode, specialization: Specialization) -> list[str]:
     return found
 
 
-def _compile(specialization: Specialization) -> Any:
+def compile_kernel(specialization: Specialization) -> Any:
+    """Triton's compiled kernel; its `asm` holds every stage, from "ttir" to "cubin" or "amdgcn"."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -305,7 +306,8 @@ def _compile(specialization: Specialization) -> Any:
 # NVIDIA
 
 
-def _disassembler() -> Path:
+def disassembler() -> Path:
+    """cuobjdump, which Triton's wheel carries."""
     import triton.backends.nvidia
 
     return Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -322,7 +324,7 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, list[str]]:
         file.write_bytes(cubin)
         usage, assembly = (
             subprocess.run(
-                [str(_disassembler()), option, str(file)], check=True, capture_output=True, text=True
+                [str(disassembler()), option, str(file)], check=True, capture_output=True, text=True
             ).stdout
             for option in ("-res-usage", "-sass")
         )

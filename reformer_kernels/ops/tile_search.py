@@ -43,8 +43,8 @@ LATENCY_WARPS = 8
 SPILL_PENALTY_BYTES = 64
 """A spill of as many bytes a thread doubles the predicted time."""
 
-PRODUCTS = {"attention_forward": 2, "attention_backward": 5}
-"""Matrix products over a tile's pairs."""
+PRODUCTS = {"attention_forward": 2, "attention_backward_queries": 3, "attention_backward_keys": 4}
+"""Matrix products over a tile's pairs; other kernels multiply rows and a rotation's columns, once."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,7 @@ def search(
                 tried[tile] = None
                 say(f"  {_short(tile)}: {str(error).splitlines()[0][:120]}")
             if judged := tried[tile]:
-                code, fault = judged.inspected.code, "; ".join(_hard_faults(judged.inspected))
-                say(
-                    f"  {_short(tile)}: {judged.score * 1e12:.0f} ps predicted, {code.registers} registers, "
-                    f"{code.spill_bytes} spilled, {code.resident_blocks} blocks {fault}"
-                )
+                say(f"  {_short(tile)}: {_describe(judged)}")
         judged = tried[tile]
         return (True, float("inf")) if judged is None else (not judged.usable, judged.score)
 
@@ -193,6 +189,14 @@ def _most_spilled(kernel: str, architecture: str, bits: int, head_dim: int, tile
 
 def _matmul(rates: Rates, bits: int) -> float:
     return rates.matmul_16_bit if bits == 16 else rates.matmul_32_bit
+
+
+def _describe(judged: Judged) -> str:
+    code, fault = judged.inspected.code, "; ".join(_hard_faults(judged.inspected))
+    return (
+        f"{judged.score * 1e12:.0f} ps predicted, {code.registers} registers, "
+        f"{code.spill_bytes} spilled, {code.resident_blocks} blocks {fault}"
+    )
 
 
 def _short(tile: Tile) -> str:
