@@ -10,6 +10,7 @@ import torch
 from . import _native
 
 Backend = Literal["auto", "reference", "native", "triton"]
+BACKENDS = get_args(Backend)  # here, as torch.compile of older versions cannot trace get_args
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,8 +32,8 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     part of this version), else "native". Raises ValueError for an unknown name, and RuntimeError,
     saying why and what to do, where the back end cannot run; it never falls back to another.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(map(repr, get_args(Backend)))}, got {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "auto":
         backend = "reference" if dtype == torch.float64 or device.type != "cpu" else "native"
     if backend == "triton":

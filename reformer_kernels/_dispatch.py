@@ -105,11 +105,9 @@ def _sorted_by_hash(
     backend: str,
 ) -> Layout:
     """`length`: of the keys, from which automatic factors come."""
-    if config.bucket_factors is not None:
-        n = math.prod(config.bucket_factors)
-    else:
-        # The automatic factors' product rounds down from this, which stays symbolic under torch.compile.
-        n = 2 * torch.sym_max(1, length // span)  # type: ignore[assignment]
+    # The automatic factors' product rounds down from this, which stays symbolic under torch.compile.
+    automatic = 2 * max(1, length // span)
+    n = automatic if config.bucket_factors is None else math.prod(config.bucket_factors)
     factors = config.bucket_factors or ()
     buckets = hash_rows(x, rotations, factors, span, mask, backend, length)
     return Layout(*sort_buckets(buckets, n + 1, n + 2, backend))

@@ -17,6 +17,11 @@ Window = Literal["chunks", "bucket"]
 Ring = Literal["none", "rounds"]
 KeyNorm = Literal["none", "rms", "l2"]
 
+# Read here, as torch.compile of older versions cannot trace get_args.
+WINDOWS: tuple[Window, ...] = get_args(Window)
+RINGS: tuple[Ring, ...] = get_args(Ring)
+KEY_NORMS: tuple[KeyNorm, ...] = get_args(KeyNorm)
+
 MAX_AUTOMATIC_FACTOR = 64
 """Automatic buckets are hashed in factors no wider than this, so that hashing stays O(L log L)."""
 
@@ -138,9 +143,9 @@ class LSHConfig:
             object.__setattr__(self, "bucket_factors", check_factors(self.bucket_factors))
         for name in ("causal", "attend_across_buckets", "correct_duplicates"):
             check_flag(name, getattr(self, name))
-        check_choice("window", self.window, get_args(Window))
-        check_choice("ring", self.ring, get_args(Ring))
-        check_choice("key_norm", self.key_norm, get_args(KeyNorm))
+        check_choice("window", self.window, WINDOWS)
+        check_choice("ring", self.ring, RINGS)
+        check_choice("key_norm", self.key_norm, KEY_NORMS)
         check_scale(self.scale)
 
     @classmethod
@@ -241,9 +246,6 @@ class AttentionRule:
     def pack(self) -> list[int]:
         """The fields as integers, in order: how operator schemas carry a rule."""
         return [int(getattr(self, field.name)) for field in dataclasses.fields(self)]
-
-
-KEY_NORMS: tuple[KeyNorm, ...] = ("none", "rms", "l2")
 
 
 def resolve_rule(config: LSHConfig, length: int, *, shared_qk: bool = True) -> AttentionRule:

@@ -82,7 +82,6 @@ class MultiheadAttention(nn.MultiheadAttention):
     torch.Size([1, 1000, 64])
     """
 
-    config: LSHConfig
     full_attention_threshold: int
     shared_qk: bool
     seed: int
@@ -149,6 +148,16 @@ class MultiheadAttention(nn.MultiheadAttention):
         # True to a fused kernel and never call the module. Its meaning, that the three inputs are of one
         # size and their projections packed, is read from `in_proj_weight` here.
         self._qkv_same_embed_dim = False
+
+    @property
+    def config(self) -> LSHConfig:
+        return self._configs[0]
+
+    @config.setter
+    def config(self, config: LSHConfig) -> None:
+        _check_config(config)
+        # Both made here: torch.compile of older versions cannot make them in a call.
+        self._configs = config, dataclasses.replace(config, causal=True)
 
     def merge_masks(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raises: torch's encoder layers call it only to run a fused kernel of theirs, not this module."""
@@ -263,6 +272,20 @@ class MultiheadAttention(nn.MultiheadAttention):
             attn_mask = causal_mask(query.shape[axis], key.shape[axis], query.device)
             # With the hint, torch would hide the extra keys from the first queries.
             is_causal = self.bias_k is None and not self.add_zero_attn
+        if need_weights and self._torch_may_fuse():
+            view = nn.MultiheadAttention.__new__(nn.MultiheadAttention)
+            view.__dict__.update(self.__dict__, _qkv_same_embed_dim=True)
+            return nn.MultiheadAttention.forward(
+                view,
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
+            )
         if swap:
             # What was one tensor stays one: then torch projects it once.
             same_key, same_value = key is query, value is key
@@ -296,6 +319,14 @@ class MultiheadAttention(nn.MultiheadAttention):
         )
         return out.transpose(0, 1) if swap else out, weights
 
+    def _torch_may_fuse(self) -> bool:
+        """Whether torch's own forward can run on these parameters, for its fused kernels in evaluation.
+
+        Without weights the functional form is the faster one.
+        """
+        packed = self._parameters.get("in_proj_weight") is not None
+        return packed and not self.training and not torch.compiler.is_compiling()
+
     def _lsh_attention(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, causal: bool
     ) -> Tensor:
@@ -304,7 +335,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             key_padding_mask = key_padding_mask[None]
         shared = self.shared_qk and query is key
         q, k, v = self._project(query, key, value, shared)
-        config = dataclasses.replace(self.config, causal=causal)
+        config = self._configs[causal]
         extra_keys = self.bias_k is not None or self.add_zero_attn
         dropout_p = self.dropout if self.training else 0.0
         seed = fresh_seed() if self.training else self.seed
@@ -414,6 +445,16 @@ class MultiheadAttention(nn.MultiheadAttention):
 OPTION_NAMES = ("full_attention_threshold", "shared_qk", "seed", "backend", "fallback", "config")
 
 
+def _check_config(config: LSHConfig) -> None:
+    if not isinstance(config, LSHConfig):
+        raise TypeError(f"config must be an LSHConfig, got {type(config).__name__}")
+    if config.causal:
+        raise ValueError(
+            "config.causal must be False: as in nn.MultiheadAttention, each call says whether it is causal, "
+            "by is_causal=True or attn_mask"
+        )
+
+
 def checked_options(
     config: LSHConfig,
     full_attention_threshold: int | None,
@@ -423,13 +464,7 @@ def checked_options(
     fallback: Fallback | None,
 ) -> dict[str, Any]:
     """The options of `MultiheadAttention`, checked and complete, by attribute name."""
-    if not isinstance(config, LSHConfig):
-        raise TypeError(f"config must be an LSHConfig, got {type(config).__name__}")
-    if config.causal:
-        raise ValueError(
-            "config.causal must be False: as in nn.MultiheadAttention, each call says whether it is causal, "
-            "by is_causal=True or attn_mask"
-        )
+    _check_config(config)
     check_flag("shared_qk", shared_qk)
     if full_attention_threshold is None:
         full_attention_threshold = 0 if shared_qk else FULL_ATTENTION_THRESHOLD
