@@ -313,6 +313,22 @@ def test_the_causal_mask_is_told_from_others(shape: tuple[int, ...], monkeypatch
             assert not is_causal_mask(other)
 
 
+def test_a_mask_is_read_once_and_again_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    real = _attention_inputs._hides_later_keys
+    monkeypatch.setattr(_attention_inputs, "_hides_later_keys", lambda mask: reads.append(1) or real(mask))
+    mask = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    assert all(_attention_inputs.is_causal_mask(mask) for _ in range(3)) and len(reads) == 1
+    mask[0, 0] = True
+    assert not _attention_inputs.is_causal_mask(mask) and len(reads) == 2
+    mask[0, 0] = False
+    assert _attention_inputs.is_causal_mask(mask) and len(reads) == 3
+    assert not _attention_inputs.is_causal_mask(mask.logical_not()) and len(reads) == 4
+    with torch.inference_mode():
+        mask = mask.clone()
+        assert all(_attention_inputs.is_causal_mask(mask) for _ in range(2)) and len(reads) == 6
+
+
 # Wrong use
 
 WRONG: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -7,7 +7,6 @@ import io
 import re
 import warnings
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -326,13 +325,3 @@ def test_long_sequences_beside_full_attention() -> None:
             )
             errors.append(float((model(x) - expected).norm() / expected.norm()))
     assert errors[1] < errors[0] and errors[1] < 0.1
-
-
-def test_the_readmes_example_runs(calls: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
-    (example,) = (block for block in blocks if "replace_attention(" in block)
-    assert len(example.splitlines()) <= 15
-    exec(example, {})
-    assert "replaced 2 nn.MultiheadAttention" in capsys.readouterr().out
-    assert calls == ["lsh"] * 4

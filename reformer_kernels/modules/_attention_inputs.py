@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -73,12 +75,30 @@ def causal_mask(length: int, key_length: int, device: torch.device) -> Tensor:
     return torch.ones(length, key_length, dtype=torch.bool, device=device).triu(1)
 
 
+_last_answer: tuple[weakref.ref[Tensor], int, bool] | None = None
+
+
 @torch.compiler.disable
 def is_causal_mask(mask: Tensor) -> bool:
     """Whether `mask` (..., L, S) hides exactly the keys j > i: True there, or -inf; False elsewhere, or 0.
 
-    Every entry is read, in blocks of rows, as a hint is not a proof and a mask must not be ignored.
+    Every entry is read, as a hint is not a proof and a mask must not be ignored; once for one mask after the
+    other, as all layers of a model are given the same.
     """
+    global _last_answer
+    if mask.is_inference():  # has no version that would tell of changes
+        return _hides_later_keys(mask)
+    if _last_answer is not None:
+        asked, version, answer = _last_answer
+        if asked() is mask and version == mask._version:
+            return answer
+    answer = _hides_later_keys(mask)
+    _last_answer = weakref.ref(mask), mask._version, answer
+    return answer
+
+
+def _hides_later_keys(mask: Tensor) -> bool:
+    """Read in blocks of rows, so that no copy of the mask is made."""
     planes = mask.flatten(0, -3) if mask.dim() > 2 else mask[None]
     if planes.stride(0) == 0:
         planes = planes[:1]
@@ -97,4 +117,6 @@ def is_causal_mask(mask: Tensor) -> bool:
 
 
 def _all_hidden(part: Tensor) -> bool:
-    return bool((part if part.dtype == torch.bool else part == float("-inf")).all())
+    if part.dtype == torch.bool or not part.numel():
+        return bool(part.all())
+    return bool(part.amax() == float("-inf"))
