@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -351,6 +352,18 @@ def test_generate_goes_on_from_a_checkpoint(text_file: Path, tmp_path: Path) -> 
         expected = model.generate(torch.tensor([list(prompt)]), 40, n_hashes=1, beams=beams)[0]
         written = printable(prompt + bytes(expected.tolist()))
         assert generated(*call, *more).stdout == written + "\n"
+
+
+def test_generate_stopped_by_ctrl_c(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Trainer(TINY, load_text(text_file, TINY.seq_len)).save(tmp_path / "run.pt")
+
+    def stream(*_: object, **__: object) -> Iterator[torch.Tensor]:
+        yield torch.tensor([97])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ReformerLM, "stream", stream)
+    result = generated(tmp_path / "run.pt", "--prompt", "b")
+    assert result.exit_code == 130 and result.stdout == "ba\n"
 
 
 def test_generate_says_what_is_wrong(text_file: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
@@ -115,3 +116,11 @@ def test_rotary_turns_pairs_and_keeps_distances() -> None:
     torch.testing.assert_close(by_row[0], rotary(x)[0])
     torch.testing.assert_close(by_row[1], rotary(x, far)[1])
     assert rotary(x.bfloat16()).dtype == torch.bfloat16
+    # Its table of first positions serves shorter and longer sequences, other precisions, and inference.
+    with torch.inference_mode():
+        rotary(normal(1, 1, 9, 8))
+    for length, dtype in ((4, torch.float64), (30, torch.float64), (30, torch.float32)):
+        y = normal(1, 1, length, 8, dtype=dtype).requires_grad_()
+        assert torch.equal(rotary(y), rotary(y, torch.arange(length)))
+        rotary(y).sum().backward()
+    assert pickle.loads(pickle.dumps(rotary))._kept is None

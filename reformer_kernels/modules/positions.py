@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -212,17 +212,40 @@ class RotaryPositions(nn.Module):
         self.head_dim = _check_even("head_dim", head_dim)
         self.base = base
         self.hashing = hashing
+        self._kept: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        if positions is None:
-            positions = torch.arange(x.shape[2], device=x.device)
-        angles = _angles(positions, self.head_dim, self.base)
-        if angles.dim() == 3:
-            angles = angles.unsqueeze(1)  # [B, 1, L, D/2]
         precision = torch.float64 if x.dtype == torch.float64 else torch.float32
-        cos, sin = angles.cos().to(precision), angles.sin().to(precision)
+        if positions is None:
+            cos, sin = self._first(x.shape[2], x.device, precision)
+        else:
+            cos, sin = self._turns(positions, precision)
         first, second = x.to(precision).chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+    def _turns(self, positions: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, (L, D / 2) or (B, 1, L, D / 2)."""
+        angles = _angles(positions, self.head_dim, self.base)
+        if angles.dim() == 3:
+            angles = angles.unsqueeze(1)
+        return angles.cos().to(precision), angles.sin().to(precision)
+
+    def _first(self, length: int, device: torch.device, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Those of positions 0..length-1. Kept, since every layer and every step asks for the same ones."""
+        kept = self._kept
+        if torch.compiler.is_compiling():
+            return self._turns(torch.arange(length, device=device), precision)
+        if (
+            kept is None
+            or kept[0].shape[0] < length
+            or (kept[0].device, kept[0].dtype) != (device, precision)
+        ):
+            with torch.inference_mode(False):
+                kept = self._kept = self._turns(torch.arange(length, device=device), precision)
+        return kept[0][:length], kept[1][:length]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
     def extra_repr(self) -> str:
         return f"{self.head_dim}, base={self.base:g}, hashing={self.hashing!r}"

@@ -22,6 +22,7 @@ from reformer_kernels.modules.reformer_parts import (
     FeedForwardPart,
     TokenEmbedding,
     make_norm,
+    make_rotary,
 )
 from reformer_kernels.modules.reversible import ReversibleBlock, ReversibleSequence
 
@@ -53,9 +54,10 @@ class Reformer(Saved):
             raise TypeError(f"config must be a ReformerConfig, got {type(config).__name__}")
         self.config = config
         self.embedding = TokenEmbedding(config)
+        rotary = make_rotary(config)
         blocks = [
             ReversibleBlock(
-                AttentionPart(config, number),
+                AttentionPart(config, number, rotary),
                 FeedForwardPart(config),
                 norm_f=make_norm(config, config.d_model),
                 norm_g=make_norm(config, config.d_model),

@@ -82,10 +82,10 @@ class AttentionPart(nn.Module):
     The number of the layer picks its rotations out of those of a call.
     """
 
-    def __init__(self, config: ReformerConfig, number: int) -> None:
+    def __init__(self, config: ReformerConfig, number: int, rotary: RotaryPositions | None) -> None:
         super().__init__()
         self.number = number
-        self.attention = make_attention(config, config.layers[number], number)
+        self.attention = make_attention(config, config.layers[number], number, rotary)
         self.cross: CrossAttention | None = None
         if config.cross_attention is not None:
             self.cross_norm = make_norm(config, config.d_model)
@@ -159,12 +159,9 @@ class FeedForwardPart(nn.Module):
 
 
 def make_attention(
-    config: ReformerConfig, kind: LayerKind, number: int
+    config: ReformerConfig, kind: LayerKind, number: int, rotary: RotaryPositions | None
 ) -> LSHSelfAttention | LocalSelfAttention:
     """The attention layer of `kind` for layer `number`."""
-    rotary = None
-    if config.positions == "rotary":
-        rotary = RotaryPositions(config.size_of_head, base=config.rotary_base, hashing=config.rotary_hashing)
     local_dropout = config.local_attention_dropout
     options: dict[str, Any] = {
         "head_dim": config.size_of_head,
@@ -190,6 +187,13 @@ def make_attention(
         wrap=config.local_wrap,
         **options,
     )
+
+
+def make_rotary(config: ReformerConfig) -> RotaryPositions | None:
+    """One for all layers, so that they share its table."""
+    if config.positions != "rotary":
+        return None
+    return RotaryPositions(config.size_of_head, base=config.rotary_base, hashing=config.rotary_hashing)
 
 
 def make_norm(config: ReformerConfig, width: int) -> nn.Module:
