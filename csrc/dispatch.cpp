@@ -40,11 +40,15 @@ bool supports_portable() { return true; }
   return supports_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+[[maybe_unused]] bool supports_avx512bf16() {
+  return supports_avx512() && __builtin_cpu_supports("avx512bf16");
+}
 // The 16-lane code compiled for AVX2: tests only.
 [[maybe_unused]] bool supports_wide() { return supports_avx2(); }
+[[maybe_unused]] bool supports_wide_pairs() { return supports_avx2(); }
 #endif
 
-bool is_automatic(const char* name) { return std::strcmp(name, "wide") != 0; }
+bool is_automatic(const char* name) { return std::strncmp(name, "wide", 4) != 0; }
 
 #define REFORMER_ENTRY(result, name, parameters, arguments) &variant::name,
 #define REFORMER_VARIANT(isa)                              \

@@ -28,18 +28,23 @@ struct Sums {
 
 template <typename T>
 class BackwardWorker {
+  using Op = Operand<T>;
+  static constexpr bool kPaired = kIsPaired<Op>;
+
  public:
   BackwardWorker(const AttentionParams& p, const AttentionGradients& g, const Plan& plan, Arena* arena)
       : p_(p), g_(g), plan_(plan), rule_(p, plan), panels_(p, plan, arena) {
     stride_ = plan.block_panels * kPanel;
-    queries_ = arena->take<float>(kTileRows * plan.d_padded);
-    grad_outs_ = arena->take<float>(kTileRows * plan.dv_padded);
+    queries_ = arena->take<Op>(kTileRows * query_stride());
+    grad_outs_ = arena->take<Op>(kTileRows * value_stride());
+    paired_queries_ = kPaired ? arena->take<Op>(operands<Op>(kTileRows) * plan.d_padded) : queries_;
+    paired_grad_outs_ = kPaired ? arena->take<Op>(operands<Op>(kTileRows) * plan.dv_padded) : grad_outs_;
     grad_queries_ = arena->take<float>(kTileRows * plan.d_padded);
     probabilities_ = arena->take<float>(kTileRows * kPanel);
     grad_probabilities_ = arena->take<float>(kTileRows * kPanel);
-    grad_logits_ = arena->take<float>(kTileRows * logits_stride());
+    grad_logits_ = arena->take<Op>(kTileRows * logits_stride());
     met_ = arena->take<int64_t>(kTileGroups * plan.block_panels);
-    pieces_ = arena->take<Piece>(max_of<int64_t>(plan.block_panels, kTileGroups));
+    pieces_ = arena->take<Piece<Op>>(max_of<int64_t>(plan.block_panels, kTileGroups));
     if (dropout()) factors_ = arena->take<float>(kTileRows * stride_);
     if (p.rule.correct_duplicates) row_codes_ = arena->take<int32_t>(kTileRows * p.R);
   }
@@ -72,13 +77,13 @@ class BackwardWorker {
   void load_tile(const Head& head, const Sums& sums) {
     for (int i = 0; i < tile_.rows; ++i) {
       const int64_t position = tile_.position[i];
-      float* query = queries_ + i * plan_.d_padded;
+      Op* query = queries_ + i * query_stride();
       if (is_padding_query(head, position))
-        memset(query, 0, static_cast<size_t>(plan_.d_padded) * sizeof(float));
+        memset(query, 0, static_cast<size_t>(query_stride()) * sizeof(Op));
       else
-        load_row(row_of<const T>(p_.q, head.b, head.h, position), p_.D, plan_.d_padded, query);
-      load_row(row_of<const T>(g_.grad_out, head.b, head.h, position), p_.Dv, plan_.dv_padded,
-               grad_outs_ + i * plan_.dv_padded);
+        load_operands(row_of<const T>(p_.q, head.b, head.h, position), p_.D, plan_.d_padded, query);
+      load_operands(row_of<const T>(g_.grad_out, head.b, head.h, position), p_.Dv, plan_.dv_padded,
+                    grad_outs_ + i * value_stride());
       lse_[i] = p_.lse[head.index * p_.L + position] * kLog2E;
       delta_[i] = sums.delta[position];
       if (row_codes_)
@@ -86,6 +91,14 @@ class BackwardWorker {
                static_cast<size_t>(p_.R) * sizeof(int32_t));
     }
     memset(grad_queries_, 0, static_cast<size_t>(tile_.rows * plan_.d_padded) * sizeof(float));
+    if constexpr (kPaired) {
+      if (tile_.rows % 2 == 1) {
+        memset(queries_ + tile_.rows * query_stride(), 0, static_cast<size_t>(query_stride()) * sizeof(Op));
+        memset(grad_outs_ + tile_.rows * value_stride(), 0, static_cast<size_t>(value_stride()) * sizeof(Op));
+      }
+      pair_rows(queries_, query_stride(), tile_.rows, paired_queries_);
+      pair_rows(grad_outs_, value_stride(), tile_.rows, paired_grad_outs_);
+    }
   }
 
   void differentiate_block(const Head& head, const Sums& sums, int64_t from, int64_t to) {
@@ -98,9 +111,9 @@ class BackwardWorker {
       if (met_count_[group] == 0) continue;
       const int row = group * kGroupRows;
       for (int m = 0; m < met_count_[group]; ++m)
-        pieces_[m] = Piece{panels_.keys(met_[group * plan_.block_panels + m]), kPanel};
+        pieces_[m] = Piece<Op>{panels_.keys(met_[group * plan_.block_panels + m]), operands<Op>(kPanel)};
       multiply_group<false>(group_rows(tile_, group), grad_logits_ + row * logits_stride(), logits_stride(),
-                            Pieces{pieces_, met_count_[group], plan_.d_padded}, plan_.d_padded,
+                            Pieces<Op>{pieces_, met_count_[group], plan_.d_padded}, plan_.d_padded,
                             grad_queries_ + row * plan_.d_padded, plan_.d_padded, true);
     }
   }
@@ -128,7 +141,8 @@ class BackwardWorker {
   // after the other; then dv and dk of its keys.
   void differentiate_panel(const Head& head, const Sums& sums, int64_t panel, int64_t from, int64_t to) {
     const Panel& keys = panels_.panel(panel);
-    const Piece keys_t{panels_.keys_t(panel), p_.D}, values_t{panels_.values_t(panel), p_.Dv};
+    const Piece<Op> keys_t{panels_.keys_t(panel), operands<Op>(p_.D)};
+    const Piece<Op> values_t{panels_.values_t(panel), operands<Op>(p_.Dv)};
     const int32_t* codes = row_codes_ ? panels_.codes(panel) : nullptr;
     const int64_t rows_a_step = ceil_div(kTileRows, (to - from) * tile_.groups);
     int64_t packed = 0;  // rows so far
@@ -138,26 +152,20 @@ class BackwardWorker {
       if (!rule_.may_meet(tile_, group, panel, keys)) continue;
       const int row = group * kGroupRows, rows = group_rows(tile_, group), met = met_count_[group]++;
       met_[group * plan_.block_panels + met] = panel;
-      const float* queries = queries_ + row * plan_.d_padded;
-      const float* grad_outs = grad_outs_ + row * plan_.dv_padded;
-      float* probabilities = probabilities_ + packed * kPanel;
-      float* grad_probabilities = grad_probabilities_ + packed * kPanel;
-      multiply_group<false>(rows, queries, plan_.d_padded, Pieces{&keys_t, 1, kPanel}, kPanel, probabilities,
+      multiply_group<false>(rows, queries_ + row * query_stride(), query_stride(),
+                            Pieces<Op>{&keys_t, 1, kPanel}, kPanel, probabilities_ + packed * kPanel, kPanel,
+                            false);
+      multiply_group<false>(rows, grad_outs_ + row * value_stride(), value_stride(),
+                            Pieces<Op>{&values_t, 1, kPanel}, kPanel, grad_probabilities_ + packed * kPanel,
                             kPanel, false);
-      multiply_group<false>(rows, grad_outs, plan_.dv_padded, Pieces{&values_t, 1, kPanel}, kPanel,
-                            grad_probabilities, kPanel, false);
-      float* grad_logits = grad_logits_ + row * logits_stride() + met * kPanel;
-      const auto rows_of_group = [&](auto compare, auto weighted) {
-        for (int i = 0; i < rows; ++i)
-          grad_logits_row<decltype(compare)::value, decltype(weighted)::value>(
-              row + i, panel, from, keys, codes, probabilities + i * kPanel, grad_probabilities + i * kPanel,
-              grad_logits + i * logits_stride());
-      };
+      Op* grad_logits = grad_logits_ + row * logits_stride() + met * operands<Op>(kPanel);
       rule_.with_compare([&](auto compare) {
         if (codes || factors_)
-          rows_of_group(compare, Constant<true>());
+          grad_logits_group<decltype(compare)::value, true>(row, rows, packed, panel, from, keys, codes,
+                                                            grad_logits);
         else
-          rows_of_group(compare, Constant<false>());
+          grad_logits_group<decltype(compare)::value, false>(row, rows, packed, panel, from, keys, codes,
+                                                             grad_logits);
       });
       packed += rows;
       if (runs > 0 && runs_[runs - 1].row + runs_[runs - 1].rows == row)
@@ -166,25 +174,70 @@ class BackwardWorker {
         runs_[runs++] = Run{row, rows};
     }
     if (packed == 0) return;
-    for (int run = 0; run < runs; ++run)
-      pieces_[run] = Piece{grad_outs_ + runs_[run].row * plan_.dv_padded, runs_[run].rows};
-    multiply<true>(kPanel, probabilities_, kPanel, Pieces{pieces_, runs, plan_.dv_padded}, plan_.dv_padded,
-                   panels_.grad_v(panel), plan_.dv_padded, true);
-    for (int run = 0; run < runs; ++run)
-      pieces_[run] = Piece{queries_ + runs_[run].row * plan_.d_padded, runs_[run].rows};
-    multiply<true>(kPanel, grad_probabilities_, kPanel, Pieces{pieces_, runs, plan_.d_padded}, plan_.d_padded,
-                   panels_.grad_k(panel), plan_.d_padded, true);
+    add_product(probabilities_, paired_grad_outs_, plan_.dv_padded, runs, panels_.grad_v(panel));
+    add_product(grad_probabilities_, paired_queries_, plan_.d_padded, runs, panels_.grad_k(panel));
   }
 
-  // Row i, in place: logits to (dropped) probabilities, and gradients of probabilities to those of logits,
-  // which go to `grad_logits` too. kWeighted: duplicates are corrected or probabilities dropped.
+  // sums[key][k] += packed[row][key] rows[row][k], over the rows of the runs. No run but the last is odd.
+  void add_product(const float* packed, const Op* rows, int64_t width, int runs, float* sums) {
+    for (int run = 0; run < runs; ++run)
+      pieces_[run] = Piece<Op>{rows + runs_[run].row / kNumbers<Op> * width, operands<Op>(runs_[run].rows)};
+    multiply<true>(kPanel, reinterpret_cast<const Op*>(packed), kPanel, Pieces<Op>{pieces_, runs, width},
+                   width, sums, width, true);
+  }
+
+  // Of one row and a panel: (dropped) probabilities, and gradients of logits.
+  struct RowGradients {
+    vfloat probabilities[2] = {}, logits[2] = {};
+  };
+  static_assert(kPanel == 2 * kLanes && kGroupRows % 2 == 0);
+
+  // Rows [row, row + rows), packed from row `packed` on: turns logits and gradients of probabilities into
+  // probabilities and gradients of logits, as operands that pair rows, in the same memory. The latter go to
+  // `grad_logits` too, as operands that pair keys.
   template <PairRule::Compare kCompare, bool kWeighted>
-  void grad_logits_row(int i, int64_t panel, int64_t from, const Panel& keys, const int32_t* codes,
-                       float* probabilities, float* grad_probabilities, float* grad_logits) {
+  void grad_logits_group(int row, int rows, int64_t packed, int64_t panel, int64_t from, const Panel& keys,
+                         const int32_t* codes, Op* grad_logits) {
+    for (int i = 0; i < rows; i += kNumbers<Op>) {
+      RowGradients found[kNumbers<Op>];
+      const int64_t first = (packed + i) * kPanel;
+      found[0] = grad_logits_row<kCompare, kWeighted>(row + i, panel, from, keys, codes, first);
+      if (kPaired && i + 1 < rows)
+        found[kNumbers<Op> - 1] =
+            grad_logits_row<kCompare, kWeighted>(row + i + 1, panel, from, keys, codes, first + kPanel);
+      for (int half = 0; half < 2; ++half) {
+        const int64_t place = first / kNumbers<Op> + half * kLanes;
+        if constexpr (kPaired) {
+          store_pairs(probabilities_ + place,
+                      pairs_of_rows(found[0].probabilities[half], found[1].probabilities[half]));
+          store_pairs(grad_probabilities_ + place,
+                      pairs_of_rows(found[0].logits[half], found[1].logits[half]));
+        } else {
+          store(probabilities_ + place, found[0].probabilities[half]);
+          store(grad_probabilities_ + place, found[0].logits[half]);
+          store(grad_logits + i * logits_stride() + half * kLanes, found[0].logits[half]);
+        }
+      }
+      if constexpr (kPaired)
+        for (int k = 0; k < 2 && i + k < rows; ++k)
+          store_pairs(grad_logits + (i + k) * logits_stride(),
+                      pairs_of_neighbours(found[k].logits[0], found[k].logits[1]));
+    }
+  }
+
+  static void store_pairs(void* place, vuint pairs) { memcpy(place, &pairs, sizeof(pairs)); }
+
+  // Row i of the tile, whose logits and gradients of probabilities are at `place`. kWeighted: duplicates are
+  // corrected or probabilities dropped. Paired operands need gradients of the products, not of the logits.
+  template <PairRule::Compare kCompare, bool kWeighted>
+  REFORMER_INLINE_MEMBER RowGradients grad_logits_row(int i, int64_t panel, int64_t from, const Panel& keys,
+                                                      const int32_t* codes, int64_t place) {
+    RowGradients row;
 #pragma GCC unroll 2
     for (int half = 0; half < kPanel; half += kLanes) {
       const vint visible = rule_.template visible<kCompare>(tile_, i, panel, keys, half);
-      vfloat s = load(probabilities + half);
+      vfloat s = load(probabilities_ + place + half);
+      if (kPaired) s *= load(keys.factor + half);
       if (!keys.plain) s += load(keys.bias + half);
       // A rounded log-sum-exp may fall below its own largest logit; of huge ones, far enough to overflow.
       vfloat p;
@@ -196,18 +249,18 @@ class BackwardWorker {
         p = exp2_of(vmin(s - lse_[i], vfloat{}));
       }
       p = select(visible, p, vfloat{});
-      vfloat grad = load(grad_probabilities + half);
+      vfloat grad = load(grad_probabilities_ + place + half);
       vfloat dropped = p;
       if (kWeighted && factors_) {
         const vfloat factor = load(factors_ + i * stride_ + (panel - from) * kPanel + half);
         dropped *= factor;
         grad *= factor;
       }
-      store(probabilities + half, dropped);
+      row.probabilities[half / kLanes] = dropped;
       grad = select(visible, p * (grad - delta_[i]), vfloat{});
-      store(grad_probabilities + half, grad);
-      store(grad_logits + half, grad);
+      row.logits[half / kLanes] = kPaired ? grad * load(keys.factor + half) : grad;
     }
+    return row;
   }
 
   // The keys, and so these gradients, are in logit units, 1 / ln 2 times the size.
@@ -225,8 +278,10 @@ class BackwardWorker {
     }
   }
 
+  int64_t query_stride() const { return plan_.d_padded / kNumbers<Op>; }
+  int64_t value_stride() const { return plan_.dv_padded / kNumbers<Op>; }
   // One vector more than the panels, so that rows do not fall on one another in the cache.
-  int64_t logits_stride() const { return stride_ + kLanes; }
+  int64_t logits_stride() const { return operands<Op>(stride_) + kLanes; }
 
   const AttentionParams& p_;
   const AttentionGradients& g_;
@@ -235,16 +290,18 @@ class BackwardWorker {
   KeyPanels<T, true> panels_;
   Tile tile_;
   int64_t stride_ = 0, prefetched_ = 0;
-  float *queries_ = nullptr, *grad_outs_ = nullptr, *grad_queries_ = nullptr;
-  float *probabilities_ = nullptr, *grad_probabilities_ = nullptr, *grad_logits_ = nullptr,
-        *factors_ = nullptr;
+  Op *queries_ = nullptr, *grad_outs_ = nullptr;                // rows of operands, as they come
+  Op *paired_queries_ = nullptr, *paired_grad_outs_ = nullptr;  // for products that reduce over rows
+  Op* grad_logits_ = nullptr;
+  float* grad_queries_ = nullptr;
+  float *probabilities_ = nullptr, *grad_probabilities_ = nullptr, *factors_ = nullptr;
   int64_t* met_ = nullptr;  // (kTileGroups, block_panels): panels of the block that a group meets
   int met_count_[kTileGroups];
   struct Run {
     int row, rows;
   };
   Run runs_[kTileGroups];
-  Piece* pieces_ = nullptr;
+  Piece<Op>* pieces_ = nullptr;
   int32_t* row_codes_ = nullptr;
   float lse_[kTileRows], delta_[kTileRows];
 };
@@ -332,13 +389,14 @@ void finish_key(const AttentionParams& p, const AttentionGradients& g, const Pla
     for (int64_t k = 0; k < p.Dv; ++k) grad_v[k] += to_float(grad_out[k]);
   }
   if constexpr (!kIsFloat<T>) store_row(grad_v, p.Dv, 1.0f, row_of<T>(g.grad_v, head.b, head.h, j));
+  const float inverse = head.inverse_norms ? head.inverse_norms[j] : 1.0f;
+  const float scale = kIsPaired<Operand<T>> ? KeyScale(p, inverse).gradient : p.scale * inverse;
   if (p.k.data) {
-    store_row(grad_k, p.D, p.scale, row_of<T>(g.grad_k, head.b, head.h, j));
+    store_row(grad_k, p.D, scale, row_of<T>(g.grad_k, head.b, head.h, j));
   } else if (!padding) {
     float* grad_q = sums.grad_q + j * sums.grad_q_stride;
-    const float inverse = head.inverse_norms ? head.inverse_norms[j] : 1.0f;
     load_row(row_of<const T>(p.q, head.b, head.h, j), p.D, plan.d_padded, key, inverse);
-    load_row(grad_k, p.D, plan.d_padded, grad, p.scale * inverse);
+    load_row(grad_k, p.D, plan.d_padded, grad, scale);
     vfloat lanes{};
     for (int64_t k = 0; k < plan.d_padded; k += kLanes) lanes += load(key + k) * load(grad + k);
     // d(q / |q|): the part of the gradient along the key drops out, unless the norm is a constant there.

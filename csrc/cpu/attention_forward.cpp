@@ -21,15 +21,18 @@ struct Running {
 
 template <typename T>
 class ForwardWorker {
+  using Op = Operand<T>;
+
  public:
   ForwardWorker(const AttentionParams& p, const Plan& plan, Arena* arena)
       : p_(p), plan_(plan), rule_(p, plan), panels_(p, plan, arena) {
     logits_stride_ = plan.block_panels * kPanel + kLanes;  // room for sum_from_first_key's last vector
-    queries_ = arena->take<float>(kTileRows * plan.d_padded);
+    query_stride_ = plan.d_padded / kNumbers<Op>;
+    queries_ = arena->take<Op>(kTileRows * query_stride_);
     logits_ = arena->take<float>(kTileRows * logits_stride_);
     out_ = arena->take<float>(kTileRows * plan.dv_padded);
     met_ = arena->take<int64_t>(kTileGroups * plan.block_panels);
-    pieces_ = arena->take<Piece>(plan.block_panels);
+    pieces_ = arena->take<Piece<Op>>(plan.block_panels);
     if (dropout()) factors_ = arena->take<float>(kTileRows * plan.block_panels * kPanel);
     if (p.rule.correct_duplicates) row_codes_ = arena->take<int32_t>(kTileRows * p.R);
   }
@@ -52,11 +55,11 @@ class ForwardWorker {
 
   void load_queries(const Head& head) {
     for (int i = 0; i < tile_.rows; ++i) {
-      float* row = queries_ + i * plan_.d_padded;
+      Op* row = queries_ + i * query_stride_;
       if (is_padding_query(head, tile_.position[i]))
-        memset(row, 0, static_cast<size_t>(plan_.d_padded) * sizeof(float));
+        memset(row, 0, static_cast<size_t>(query_stride_) * sizeof(Op));
       else
-        load_row(row_of<const T>(p_.q, head.b, head.h, tile_.position[i]), p_.D, plan_.d_padded, row);
+        load_operands(row_of<const T>(p_.q, head.b, head.h, tile_.position[i]), p_.D, plan_.d_padded, row);
       if (row_codes_)
         memcpy(row_codes_ + i * p_.R, head.codes + tile_.position[i] * p_.R,
                static_cast<size_t>(p_.R) * sizeof(int32_t));
@@ -78,15 +81,15 @@ class ForwardWorker {
     prefetched_ = 0;
     const int64_t rows_a_step = ceil_div(kTileRows, (to - from) * tile_.groups);
     for (int64_t panel = from; panel < to; ++panel) {
-      const Piece keys{panels_.keys_t(panel), p_.D};
+      const Piece<Op> keys{panels_.keys_t(panel), operands<Op>(p_.D)};
       for (int group = 0; group < tile_.groups; ++group) {
         if (to == tile_.last_panel) prefetch(head, running, rows_a_step);
         if (!rule_.may_meet(tile_, group, panel, panels_.panel(panel))) continue;
         const int row = group * kGroupRows, met = met_count_[group]++;
         met_[group * plan_.block_panels + met] = panel;
-        multiply_group<false>(group_rows(tile_, group), queries_ + row * plan_.d_padded, plan_.d_padded,
-                              Pieces{&keys, 1, kPanel}, kPanel, logits_ + row * logits_stride_ + met * kPanel,
-                              logits_stride_, false);
+        multiply_group<false>(group_rows(tile_, group), queries_ + row * query_stride_, query_stride_,
+                              Pieces<Op>{&keys, 1, kPanel}, kPanel,
+                              logits_ + row * logits_stride_ + met * kPanel, logits_stride_, false);
       }
     }
     for (int group = 0; group < tile_.groups; ++group) {
@@ -94,9 +97,9 @@ class ForwardWorker {
       const int row = group * kGroupRows, rows = group_rows(tile_, group);
       rule_.with_compare([&](auto compare) { probabilities<decltype(compare)::value>(group, from, first); });
       for (int m = 0; m < met_count_[group]; ++m)
-        pieces_[m] = Piece{panels_.values(met_[group * plan_.block_panels + m]), kPanel};
-      multiply_group<false>(rows, logits_ + row * logits_stride_, logits_stride_,
-                            Pieces{pieces_, met_count_[group], plan_.dv_padded}, plan_.dv_padded,
+        pieces_[m] = Piece<Op>{panels_.values(met_[group * plan_.block_panels + m]), operands<Op>(kPanel)};
+      multiply_group<false>(rows, reinterpret_cast<const Op*>(logits_ + row * logits_stride_), logits_stride_,
+                            Pieces<Op>{pieces_, met_count_[group], plan_.dv_padded}, plan_.dv_padded,
                             out_ + row * plan_.dv_padded, plan_.dv_padded, !first);
     }
   }
@@ -119,8 +122,8 @@ class ForwardWorker {
     }
   }
 
-  // Turns a group's logits of the panels it meets into probabilities relative to each row's maximum, and
-  // updates maxima and sums.
+  // Turns a group's logits of the panels it meets into probabilities relative to each row's maximum, as
+  // operands in the same memory, and updates maxima and sums.
   template <PairRule::Compare kCompare>
   void probabilities(int group, int64_t from, bool first) {
     const int64_t* met = met_ + group * plan_.block_panels;
@@ -134,6 +137,7 @@ class ForwardWorker {
 #pragma GCC unroll 2
         for (int half = 0; half < kPanel; half += kLanes) {
           vfloat s = load(logit + half);
+          if (kIsPaired<Op>) s *= load(keys.factor + half);
           if (!keys.plain) s += load(keys.bias + half);
           s = select(rule_.template visible<kCompare>(tile_, i, met[m], keys, half), s, splat(-kInfinity));
           store(logit + half, s);
@@ -172,6 +176,12 @@ class ForwardWorker {
           for (int k = 0; k < kPanel; k += kLanes)
             store(row + m * kPanel + k, load(row + m * kPanel + k) * load(factors + k));
         }
+      if constexpr (kIsPaired<Op>) {
+        for (int m = 0; m < count; ++m) {
+          const vuint pairs = pairs_of_neighbours(load(row + m * kPanel), load(row + m * kPanel + kLanes));
+          memcpy(row + m * kLanes, &pairs, sizeof(pairs));
+        }
+      }
       if (first) {
         sum_[i] = sum;
       } else {
@@ -269,11 +279,12 @@ class ForwardWorker {
   PairRule rule_;
   KeyPanels<T, false> panels_;
   Tile tile_;
-  int64_t logits_stride_ = 0, prefetched_ = 0;
-  float *queries_ = nullptr, *logits_ = nullptr, *out_ = nullptr, *factors_ = nullptr;
+  int64_t query_stride_ = 0, logits_stride_ = 0, prefetched_ = 0;
+  Op* queries_ = nullptr;
+  float *logits_ = nullptr, *out_ = nullptr, *factors_ = nullptr;
   int64_t* met_ = nullptr;  // (kTileGroups, block_panels): panels of the block that a group meets,
   int met_count_[kTileGroups];
-  Piece* pieces_ = nullptr;  // and their values
+  Piece<Op>* pieces_ = nullptr;  // and their values
   int32_t* row_codes_ = nullptr;
   float maximum_[kTileRows], sum_[kTileRows];
 };

@@ -6,7 +6,6 @@
 #pragma once
 
 #include "attention_plan.h"
-#include "convert.h"
 #include "philox.h"
 
 namespace reformer {
@@ -33,18 +32,37 @@ static float inverse_norm(const AttentionParams& p, const Head& head, int64_t po
   return 1.0f / max_of(__builtin_sqrtf(squares), kL2Smallest);
 }
 
+// Keys are normalised and scaled, in logit units. Rounding the result to bfloat16 would spoil logits, so
+// paired operands take keys as they are, times a power of two where sums of their products might overflow
+// otherwise, and each product is multiplied by the rest, `factor`. A gradient that was so multiplied belongs
+// to the key as the operand has it: times `gradient`, to the key before it was normalised.
+struct KeyScale {
+  float power = 1.0f, factor, gradient;
+
+  KeyScale(const AttentionParams& p, float inverse_norm) {
+    if (inverse_norm < 0x1p-40f || inverse_norm > 0x1p40f)
+      power = max_of(float_of_bits(bits_of_float(inverse_norm) & 0x7f800000u), 0x1p-126f);
+    factor = inverse_norm / power * (p.scale * kLog2E);
+    gradient = power * kLn2;
+  }
+};
+
 struct Panel {
   bool plain = false;          // every key is there, has no bias, and buckets need not be compared
   int32_t first_position = 0;  // the lowest position of a key that may be seen, INT32_MAX if there is none
   int32_t ring[kPanel];        // ring position of the key, from the start of its block of kTileRows
   int32_t position[kPanel];    // original position of the key, -1 where there is none
   float bias[kPanel];          // in logit units; -inf where there is no key or it is padding
+  float factor[kPanel];        // of the products of paired operands, for logits: see KeyScale
   int64_t bucket[kPanel];      // over all rounds, where pairs' buckets are compared
 };
 
 template <typename T, bool kBackward>
 class KeyPanels {
  public:
+  using Op = Operand<T>;
+  static constexpr bool kPaired = kIsPaired<Op>;
+
   // Gradients of keys are added to rows of these arrays of the head: position * stride.
   float* grad_k_rows = nullptr;
   float* grad_v_rows = nullptr;
@@ -53,12 +71,15 @@ class KeyPanels {
   KeyPanels(const AttentionParams& p, const Plan& plan, Arena* arena) : p_(p), plan_(plan) {
     const int64_t n = plan.cached_panels;
     panels_ = arena->take<Panel>(n);
-    keys_t_ = arena->take<float>(n * p.D * kPanel);
-    values_ = arena->take<float>(n * kPanel * plan.dv_padded);
-    keys_ = arena->take<float>((kBackward ? n : 1) * kPanel * plan.d_padded);
+    keys_t_ = arena->take<Op>(n * keys_t_size());
+    if (kBackward) values_t_ = arena->take<Op>(n * values_t_size());
+    // Rows gathered but not yet paired; floats stay where they were gathered.
+    staged_keys_ = arena->take<Op>((kBackward && !kPaired ? n : 1) * kPanel * key_stride());
+    staged_values_ = arena->take<Op>((!kBackward && !kPaired ? n : 1) * kPanel * value_stride());
+    keys_ = kBackward && kPaired ? arena->take<Op>(n * keys_size()) : staged_keys_;
+    values_ = !kBackward && kPaired ? arena->take<Op>(n * values_size()) : staged_values_;
     if (p.rule.correct_duplicates) codes_ = arena->take<int32_t>(n * p.R * kPanel);
     if (!kBackward) return;
-    values_t_ = arena->take<float>(n * p.Dv * kPanel);
     grad_k_ = arena->take<float>(n * kPanel * plan.d_padded);
     grad_v_ = arena->take<float>(n * kPanel * plan.dv_padded);
   }
@@ -107,16 +128,25 @@ class KeyPanels {
   }
 
   const Panel& panel(int64_t p) const { return panels_[slot(p)]; }
-  const float* keys_t(int64_t p) const { return keys_t_ + slot(p) * p_.D * kPanel; }        // [D][kPanel]
-  const float* values_t(int64_t p) const { return values_t_ + slot(p) * p_.Dv * kPanel; }   // [Dv][kPanel]
-  const float* keys(int64_t p) const { return keys_ + slot(p) * kPanel * plan_.d_padded; }  // [kPanel][D]
-  const float* values(int64_t p) const { return values_ + slot(p) * kPanel * plan_.dv_padded; }
+  // Operands of products that reduce over dimensions, [operands of D or Dv][kPanel], and over keys,
+  // [operands of kPanel][d_padded or dv_padded]. Values by key are there in the forward pass, the other two
+  // in the backward pass.
+  const Op* keys_t(int64_t p) const { return keys_t_ + slot(p) * keys_t_size(); }
+  const Op* values_t(int64_t p) const { return values_t_ + slot(p) * values_t_size(); }
+  const Op* keys(int64_t p) const { return keys_ + slot(p) * keys_size(); }
+  const Op* values(int64_t p) const { return values_ + slot(p) * values_size(); }
   const int32_t* codes(int64_t p) const { return codes_ + slot(p) * p_.R * kPanel; }  // [R][kPanel]
   float* grad_k(int64_t p) { return grad_k_ + slot(p) * kPanel * plan_.d_padded; }
   float* grad_v(int64_t p) { return grad_v_ + slot(p) * kPanel * plan_.dv_padded; }
 
  private:
   int64_t slot(int64_t panel) const { return panel & (plan_.cached_panels - 1); }
+  int64_t key_stride() const { return plan_.d_padded / kNumbers<Op>; }
+  int64_t value_stride() const { return plan_.dv_padded / kNumbers<Op>; }
+  int64_t keys_t_size() const { return operands<Op>(p_.D) * kPanel; }
+  int64_t values_t_size() const { return operands<Op>(p_.Dv) * kPanel; }
+  int64_t keys_size() const { return operands<Op>(kPanel) * plan_.d_padded; }
+  int64_t values_size() const { return operands<Op>(kPanel) * plan_.dv_padded; }
 
   // Original position of the key at ring position g, -1 where there is none.
   int32_t position_at(int64_t g) const {
@@ -135,8 +165,8 @@ class KeyPanels {
 
   void pack(int64_t index) {
     Panel& panel = panels_[slot(index)];
-    float* keys = keys_ + (kBackward ? slot(index) : 0) * kPanel * plan_.d_padded;
-    float* values = values_ + slot(index) * kPanel * plan_.dv_padded;
+    Op* keys = staged_keys_ + (kBackward && !kPaired ? slot(index) : 0) * kPanel * key_stride();
+    Op* values = staged_values_ + (!kBackward && !kPaired ? slot(index) : 0) * kPanel * value_stride();
     panel.plain = true;
     panel.first_position = INT32_MAX;
     const int64_t block = index * kPanel & ~static_cast<int64_t>(kTileRows - 1);
@@ -157,18 +187,26 @@ class KeyPanels {
       }
       panel.bias[lane] = bias * kLog2E;
       panel.plain &= bias == 0.0f && !plan_.compares_buckets;
-      float* key = keys + lane * plan_.d_padded;
-      float* value = values + lane * plan_.dv_padded;
+      Op* key = keys + lane * key_stride();
+      Op* value = values + lane * value_stride();
       if (bias == -kInfinity) {  // padding is never read, whatever it holds
-        memset(key, 0, static_cast<size_t>(plan_.d_padded) * sizeof(float));
-        memset(value, 0, static_cast<size_t>(plan_.dv_padded) * sizeof(float));
+        memset(key, 0, static_cast<size_t>(key_stride()) * sizeof(Op));
+        memset(value, 0, static_cast<size_t>(value_stride()) * sizeof(Op));
+        panel.factor[lane] = 0.0f;
         continue;
       }
       panel.first_position = min_of(panel.first_position, position);
       const float norm = head_.inverse_norms ? head_.inverse_norms[position] : 1.0f;
-      load_row(row_of<const T>(p_.k.data ? p_.k : p_.q, head_.b, head_.h, position), p_.D, plan_.d_padded,
-               key, norm * p_.scale * kLog2E);
-      load_row(row_of<const T>(p_.v, head_.b, head_.h, position), p_.Dv, plan_.dv_padded, value);
+      const T* key_row = row_of<const T>(p_.k.data ? p_.k : p_.q, head_.b, head_.h, position);
+      if constexpr (kPaired) {
+        const KeyScale scale(p_, norm);
+        load_operands(key_row, p_.D, plan_.d_padded, key);
+        if (scale.power != 1.0f) scale_pairs(key, key_stride(), scale.power);
+        panel.factor[lane] = scale.factor;
+      } else {
+        load_row(key_row, p_.D, plan_.d_padded, key, norm * p_.scale * kLog2E);
+      }
+      load_operands(row_of<const T>(p_.v, head_.b, head_.h, position), p_.Dv, plan_.dv_padded, value);
     }
     if (p_.rule.correct_duplicates) {
       int32_t* codes = codes_ + slot(index) * p_.R * kPanel;
@@ -178,12 +216,16 @@ class KeyPanels {
               panel.position[lane] < 0 ? 0 : head_.key_codes[panel.position[lane] * p_.R + r];
     }
     for (int half = 0; half < kPanel; half += kLanes) {
-      transpose_lanes(keys + half * plan_.d_padded, plan_.d_padded, p_.D,
-                      keys_t_ + slot(index) * p_.D * kPanel + half, kPanel);
+      transpose_lanes(keys + half * key_stride(), key_stride(), operands<Op>(p_.D),
+                      keys_t_ + slot(index) * keys_t_size() + half, kPanel);
       if (kBackward)
-        transpose_lanes(values + half * plan_.dv_padded, plan_.dv_padded, p_.Dv,
-                        values_t_ + slot(index) * p_.Dv * kPanel + half, kPanel);
+        transpose_lanes(values + half * value_stride(), value_stride(), operands<Op>(p_.Dv),
+                        values_t_ + slot(index) * values_t_size() + half, kPanel);
     }
+    if constexpr (kPaired && kBackward)
+      pair_rows(keys, key_stride(), kPanel, keys_ + slot(index) * keys_size());
+    if constexpr (kPaired && !kBackward)
+      pair_rows(values, value_stride(), kPanel, values_ + slot(index) * values_size());
     if (kBackward) {
       memset(grad_k(index), 0, static_cast<size_t>(kPanel * plan_.d_padded) * sizeof(float));
       memset(grad_v(index), 0, static_cast<size_t>(kPanel * plan_.dv_padded) * sizeof(float));
@@ -217,7 +259,8 @@ class KeyPanels {
   int64_t sorted_block_ = 0;
   uint64_t sorted_[kTileRows];  // of the block packed last: position << 8 | ring position in the block
   Panel* panels_ = nullptr;
-  float *keys_t_ = nullptr, *values_t_ = nullptr, *keys_ = nullptr, *values_ = nullptr;
+  Op *staged_keys_ = nullptr, *staged_values_ = nullptr;
+  Op *keys_t_ = nullptr, *values_t_ = nullptr, *keys_ = nullptr, *values_ = nullptr;
   float *grad_k_ = nullptr, *grad_v_ = nullptr;
   int32_t* codes_ = nullptr;
 };

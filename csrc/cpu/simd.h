@@ -150,11 +150,12 @@ REFORMER_INLINE void transpose4(vfloat& a, vfloat& b, vfloat& c, vfloat& d) {
 #undef REFORMER_ODD
 }
 
-// Four floats from each of kLanes / 4 addresses `stride` floats apart, side by side.
-REFORMER_INLINE vfloat load_quarters(const float* p, int64_t stride) {
+// Four words from each of kLanes / 4 addresses `stride` words apart, side by side.
+template <typename Word>
+REFORMER_INLINE vfloat load_quarters(const Word* p, int64_t stride) {
 #if REFORMER_LANES == 4
   (void)stride;
-  return load(p);
+  return load_as<vfloat>(p);
 #else
   typedef float vfloat8 __attribute__((vector_size(32)));
   const vfloat4 a = load_as<vfloat4>(p), b = load_as<vfloat4>(p + stride);
@@ -169,9 +170,12 @@ REFORMER_INLINE vfloat load_quarters(const float* p, int64_t stride) {
 #endif
 }
 
-// out[column * out_stride + row] = in[row * in_stride + column] for kLanes rows and `columns` columns.
-REFORMER_INLINE void transpose_lanes(const float* in, int64_t in_stride, int64_t columns, float* out,
+// out[column * out_stride + row] = in[row * in_stride + column] for kLanes rows and `columns` columns of
+// 4-byte words.
+template <typename Word>
+REFORMER_INLINE void transpose_lanes(const Word* in, int64_t in_stride, int64_t columns, Word* out,
                                      int64_t out_stride) {
+  static_assert(sizeof(Word) == sizeof(float));
   int64_t column = 0;
   for (; column + 4 <= columns; column += 4) {
     // Vector j holds rows j, 4 + j, 8 + j ..., so that transposing inside 128-bit parts is enough.
@@ -180,11 +184,11 @@ REFORMER_INLINE void transpose_lanes(const float* in, int64_t in_stride, int64_t
     vfloat c = load_quarters(in + 2 * in_stride + column, 4 * in_stride);
     vfloat d = load_quarters(in + 3 * in_stride + column, 4 * in_stride);
     transpose4(a, b, c, d);
-    float* o = out + column * out_stride;
-    store(o, a);
-    store(o + out_stride, b);
-    store(o + 2 * out_stride, c);
-    store(o + 3 * out_stride, d);
+    Word* o = out + column * out_stride;
+    memcpy(o, &a, sizeof(a));
+    memcpy(o + out_stride, &b, sizeof(b));
+    memcpy(o + 2 * out_stride, &c, sizeof(c));
+    memcpy(o + 3 * out_stride, &d, sizeof(d));
   }
   for (; column < columns; ++column)
     for (int row = 0; row < kLanes; ++row) out[column * out_stride + row] = in[row * in_stride + column];
