@@ -141,7 +141,8 @@ struct ResidualParams {
 };
 void residual_step(const ResidualParams& params);
 
-// The instruction set in use: "avx512", "avx2" or "portable"; select_isa("") goes back to the best.
+// The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable"; select_isa("") goes back to the
+// best.
 // Returns false where the machine lacks it.
 const char* active_isa();
 bool select_isa(const char* name);

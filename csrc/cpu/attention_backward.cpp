@@ -225,8 +225,6 @@ class BackwardWorker {
     }
   }
 
-  static void store_pairs(void* place, vuint pairs) { memcpy(place, &pairs, sizeof(pairs)); }
-
   // Row i of the tile, whose logits and gradients of probabilities are at `place`. kWeighted: duplicates are
   // corrected or probabilities dropped. Paired operands need gradients of the products, not of the logits.
   template <PairRule::Compare kCompare, bool kWeighted>
@@ -502,28 +500,12 @@ size_t workspace_bytes(const AttentionParams& p) {
 }  // namespace
 
 size_t attention_backward_workspace_bytes(const AttentionParams& p) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return workspace_bytes<float>(p);
-    case DType::kBFloat16:
-      return workspace_bytes<BFloat16>(p);
-    case DType::kFloat16:
-      return workspace_bytes<Float16>(p);
-  }
-  return 0;
+  return with_element(p.dtype, [&](auto element) { return workspace_bytes<decltype(element)>(p); });
 }
 
 Status attention_backward(const AttentionParams& p, const AttentionGradients& g) {
   if (p.B * p.H == 0 || p.L == 0) return Status::kOk;
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return backward<float>(p, g);
-    case DType::kBFloat16:
-      return backward<BFloat16>(p, g);
-    case DType::kFloat16:
-      return backward<Float16>(p, g);
-  }
-  return Status::kOk;
+  return with_element(p.dtype, [&](auto element) { return backward<decltype(element)>(p, g); });
 }
 
 }  // namespace REFORMER_ISA

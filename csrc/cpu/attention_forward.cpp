@@ -177,10 +177,9 @@ class ForwardWorker {
             store(row + m * kPanel + k, load(row + m * kPanel + k) * load(factors + k));
         }
       if constexpr (kIsPaired<Op>) {
-        for (int m = 0; m < count; ++m) {
-          const vuint pairs = pairs_of_neighbours(load(row + m * kPanel), load(row + m * kPanel + kLanes));
-          memcpy(row + m * kLanes, &pairs, sizeof(pairs));
-        }
+        for (int m = 0; m < count; ++m)
+          store_pairs(row + m * kLanes,
+                      pairs_of_neighbours(load(row + m * kPanel), load(row + m * kPanel + kLanes)));
       }
       if (first) {
         sum_[i] = sum;
@@ -377,28 +376,12 @@ size_t workspace_bytes(const AttentionParams& p) {
 }  // namespace
 
 size_t attention_forward_workspace_bytes(const AttentionParams& p) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return workspace_bytes<float>(p);
-    case DType::kBFloat16:
-      return workspace_bytes<BFloat16>(p);
-    case DType::kFloat16:
-      return workspace_bytes<Float16>(p);
-  }
-  return 0;
+  return with_element(p.dtype, [&](auto element) { return workspace_bytes<decltype(element)>(p); });
 }
 
 Status attention_forward(const AttentionParams& p) {
   if (p.B * p.H == 0 || p.L == 0) return Status::kOk;
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return forward<float>(p);
-    case DType::kBFloat16:
-      return forward<BFloat16>(p);
-    case DType::kFloat16:
-      return forward<Float16>(p);
-  }
-  return Status::kOk;
+  return with_element(p.dtype, [&](auto element) { return forward<decltype(element)>(p); });
 }
 
 }  // namespace REFORMER_ISA

@@ -13,6 +13,14 @@ struct Float16 {
   uint16_t bits;
 };
 
+// Calls f with an element of the type that `dtype` names.
+template <typename F>
+REFORMER_INLINE auto with_element(DType dtype, F f) {
+  if (dtype == DType::kBFloat16) return f(BFloat16());
+  if (dtype == DType::kFloat16) return f(Float16());
+  return f(float());
+}
+
 template <typename T>
 constexpr bool kIsFloat = false;
 template <>

@@ -56,6 +56,8 @@ using OperandVector = typename OperandVectorOf<Op>::type;
 
 REFORMER_INLINE vfloat multiply_add(vfloat sum, float a, vfloat b) { return sum + a * b; }
 
+REFORMER_INLINE void store_pairs(void* place, vuint pairs) { memcpy(place, &pairs, sizeof(pairs)); }
+
 #ifdef __AVX512BF16__
 REFORMER_INLINE vfloat multiply_add(vfloat sum, Pair a, vuint b) {
   return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(a.bits - vuint{}), (__m512bh)b);
@@ -139,8 +141,7 @@ REFORMER_INLINE void pair_rows(const Pair* in, int64_t stride, int64_t rows, Pai
     for (int64_t k = 0; k < stride; k += kLanes / 2, out += kLanes) {
       const vuint first = __builtin_convertvector(load_as<vshort>(in + k), vuint);
       const vuint second = __builtin_convertvector(load_as<vshort>(in + stride + k), vuint);
-      const vuint pairs = first << 16 | second;
-      memcpy(out, &pairs, sizeof(pairs));
+      store_pairs(out, first << 16 | second);
     }
 }
 
