@@ -9,6 +9,7 @@
 // to a row come in an order that does not depend on the number of threads. Key normalisation is undone once a
 // token, after the last round.
 
+#include "gradient_rows.h"
 #include "key_panels.h"
 #include "threads.h"
 
@@ -18,13 +19,6 @@ namespace {
 
 // Of a probability before it is divided by the number of times that its pair is met; more is rounding.
 constexpr float kLargestExponent = 64.0f;
-
-// float32 sums of one head, by position: grad_q and grad_v in place where they are float32.
-struct Sums {
-  float *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr;
-  int64_t grad_q_stride = 0, grad_k_stride = 0, grad_v_stride = 0;
-  float* delta = nullptr;  // (L)
-};
 
 template <typename T>
 class BackwardWorker {
@@ -347,72 +341,6 @@ struct Workspace {
     return scratch ? scratch + row * d : row_of<float>(rows, head.b, head.h, 0);
   }
 };
-
-// delta_i and the norm of query i.
-template <typename T>
-void prepare_query(const AttentionParams& p, const AttentionGradients& g, const Head& head, const Sums& sums,
-                   int64_t i) {
-  const T* out = row_of<const T>(p.out, head.b, head.h, i);
-  const T* grad_out = row_of<const T>(g.grad_out, head.b, head.h, i);
-  vfloat lanes{};
-  int64_t k = 0;
-  for (; k + kLanes <= p.Dv; k += kLanes) lanes += load_floats(out + k) * load_floats(grad_out + k);
-  float delta = sum_of_lanes(lanes);
-  for (; k < p.Dv; ++k) delta += to_float(out[k]) * to_float(grad_out[k]);
-  if (g.grad_lse) delta -= g.grad_lse[head.index * p.L + i];
-  sums.delta[i] = delta;
-  if (head.inverse_norms) head.inverse_norms[i] = inverse_norm<T>(p, head, i);
-}
-
-// Zeros for the sums that tiles add to.
-static void prepare_key(const AttentionParams& p, const Sums& sums, int64_t j) {
-  memset(sums.grad_k + j * sums.grad_k_stride, 0, static_cast<size_t>(p.D) * sizeof(float));
-  memset(sums.grad_v + j * sums.grad_v_stride, 0, static_cast<size_t>(p.Dv) * sizeof(float));
-}
-
-// The sums of key j to the gradients of k and v, and of shared query-keys to what q's gradient adds: undoes
-// scale and key normalisation, and adds the value's gradient where the query saw only itself. Padding was
-// read as zeros: nothing depends on it. `key` and `grad` have room for d_padded floats.
-template <typename T>
-void finish_key(const AttentionParams& p, const AttentionGradients& g, const Plan& plan, const Head& head,
-                const Sums& sums, int64_t j, float* key, float* grad) {
-  const bool padding = is_padding(head, j);
-  float* grad_k = sums.grad_k + j * sums.grad_k_stride;
-  float* grad_v = sums.grad_v + j * sums.grad_v_stride;
-  if (padding) {
-    memset(grad_k, 0, static_cast<size_t>(p.D) * sizeof(float));
-    memset(grad_v, 0, static_cast<size_t>(p.Dv) * sizeof(float));
-  } else if (p.rule.exclude_self && p.lse[head.index * p.L + j] == kSelfOnlyLse) {
-    const T* grad_out = row_of<const T>(g.grad_out, head.b, head.h, j);
-    for (int64_t k = 0; k < p.Dv; ++k) grad_v[k] += to_float(grad_out[k]);
-  }
-  if constexpr (!kIsFloat<T>) store_row(grad_v, p.Dv, 1.0f, row_of<T>(g.grad_v, head.b, head.h, j));
-  const float inverse = head.inverse_norms ? head.inverse_norms[j] : 1.0f;
-  const float scale = kIsPaired<Operand<T>> ? KeyScale(p, inverse).gradient : p.scale * inverse;
-  if (p.k.data) {
-    store_row(grad_k, p.D, scale, row_of<T>(g.grad_k, head.b, head.h, j));
-  } else if (!padding) {
-    float* grad_q = sums.grad_q + j * sums.grad_q_stride;
-    load_row(row_of<const T>(p.q, head.b, head.h, j), p.D, plan.d_padded, key, inverse);
-    load_row(grad_k, p.D, plan.d_padded, grad, scale);
-    vfloat lanes{};
-    for (int64_t k = 0; k < plan.d_padded; k += kLanes) lanes += load(key + k) * load(grad + k);
-    // d(q / |q|): the part of the gradient along the key drops out, unless the norm is a constant there.
-    const bool constant =
-        p.rule.key_norm == KeyNorm::kNone || (p.rule.key_norm == KeyNorm::kL2 && inverse >= 1e12f);
-    const float along = constant ? 0.0f : sum_of_lanes(lanes);
-    for (int64_t k = 0; k < p.D; ++k) grad_q[k] += grad[k] - along * key[k];
-  }
-}
-
-// The sums of query i to its gradient, after finish_key.
-template <typename T>
-void finish_query(const AttentionParams& p, const AttentionGradients& g, const Head& head, const Sums& sums,
-                  int64_t i) {
-  float* grad_q = sums.grad_q + i * sums.grad_q_stride;
-  if (is_padding_query(head, i)) memset(grad_q, 0, static_cast<size_t>(p.D) * sizeof(float));
-  if constexpr (!kIsFloat<T>) store_row(grad_q, p.D, 1.0f, row_of<T>(g.grad_q, head.b, head.h, i));
-}
 
 template <typename T>
 Status backward(const AttentionParams& p, const AttentionGradients& g) {
