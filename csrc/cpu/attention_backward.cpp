@@ -182,9 +182,9 @@ class BackwardWorker {
 
   // Of one row and a panel: (dropped) probabilities, and gradients of logits.
   struct RowGradients {
-    vfloat probabilities[2] = {}, logits[2] = {};
+    vfloat probabilities[kPanel / kLanes] = {}, logits[kPanel / kLanes] = {};
   };
-  static_assert(kPanel == 2 * kLanes && kGroupRows % 2 == 0);
+  static_assert(kGroupRows % 2 == 0 && kTileRows % 2 == 0);
 
   // Rows [row, row + rows), packed from row `packed` on: turns logits and gradients of probabilities into
   // probabilities and gradients of logits, as operands that pair rows, in the same memory. The latter go to
@@ -192,14 +192,15 @@ class BackwardWorker {
   template <PairRule::Compare kCompare, bool kWeighted>
   void grad_logits_group(int row, int rows, int64_t packed, int64_t panel, int64_t from, const Panel& keys,
                          const int32_t* codes, Op* grad_logits) {
+    const bool simple = rule_.positions_decide(tile_, row / kGroupRows, panel, keys);
     for (int i = 0; i < rows; i += kNumbers<Op>) {
       RowGradients found[kNumbers<Op>];
       const int64_t first = (packed + i) * kPanel;
-      found[0] = grad_logits_row<kCompare, kWeighted>(row + i, panel, from, keys, codes, first);
+      found[0] = grad_logits_row<kCompare, kWeighted>(row + i, panel, from, keys, codes, simple, first);
       if (kPaired && i + 1 < rows)
-        found[kNumbers<Op> - 1] =
-            grad_logits_row<kCompare, kWeighted>(row + i + 1, panel, from, keys, codes, first + kPanel);
-      for (int half = 0; half < 2; ++half) {
+        found[kNumbers<Op> - 1] = grad_logits_row<kCompare, kWeighted>(row + i + 1, panel, from, keys, codes,
+                                                                       simple, first + kPanel);
+      for (int half = 0; half < kPanel / kLanes; ++half) {
         const int64_t place = first / kNumbers<Op> + half * kLanes;
         if constexpr (kPaired) {
           store_pairs(probabilities_ + place,
@@ -214,8 +215,16 @@ class BackwardWorker {
       }
       if constexpr (kPaired)
         for (int k = 0; k < 2 && i + k < rows; ++k)
-          store_pairs(grad_logits + (i + k) * logits_stride(),
-                      pairs_of_neighbours(found[k].logits[0], found[k].logits[1]));
+          store_neighbours(found[k], grad_logits + (i + k) * logits_stride());
+    }
+  }
+
+  static void store_neighbours(const RowGradients& row, Op* grad_logits) {
+    if constexpr (kPanel == kLanes) {
+      const auto pairs = pairs_of_neighbours(row.logits[0]);
+      memcpy(grad_logits, &pairs, sizeof(pairs));
+    } else {
+      store_pairs(grad_logits, pairs_of_neighbours(row.logits[0], row.logits[1]));
     }
   }
 
@@ -223,14 +232,14 @@ class BackwardWorker {
   // corrected or probabilities dropped. Paired operands need gradients of the products, not of the logits.
   template <PairRule::Compare kCompare, bool kWeighted>
   REFORMER_INLINE_MEMBER RowGradients grad_logits_row(int i, int64_t panel, int64_t from, const Panel& keys,
-                                                      const int32_t* codes, int64_t place) {
+                                                      const int32_t* codes, bool simple, int64_t place) {
     RowGradients row;
 #pragma GCC unroll 2
     for (int half = 0; half < kPanel; half += kLanes) {
-      const vint visible = rule_.template visible<kCompare>(tile_, i, panel, keys, half);
+      const vint visible = rule_.template visible<kCompare>(tile_, i, panel, keys, half, simple);
       vfloat s = load(probabilities_ + place + half);
       if (kPaired) s *= load(keys.factor + half);
-      if (!keys.plain) s += load(keys.bias + half);
+      if (!simple) s += load(keys.bias + half);
       // A rounded log-sum-exp may fall below its own largest logit; of huge ones, far enough to overflow.
       vfloat p;
       if (kWeighted && codes) {

@@ -128,47 +128,52 @@ class ForwardWorker {
   void probabilities(int group, int64_t from, bool first) {
     const int64_t* met = met_ + group * plan_.block_panels;
     const int count = met_count_[group], begin = group * kGroupRows, end = begin + group_rows(tile_, group);
-    for (int i = begin; i < end; ++i) {
-      float* row = logits_ + i * logits_stride_;
-      vfloat largest = splat(-kInfinity);
-      for (int m = 0; m < count; ++m) {
-        const Panel& keys = panels_.panel(met[m]);
-        float* logit = row + m * kPanel;
+    vfloat largest[kGroupRows];
+    for (vfloat& lanes : largest) lanes = splat(-kInfinity);
+    for (int m = 0; m < count; ++m) {
+      const Panel& keys = panels_.panel(met[m]);
+      const bool simple = rule_.positions_decide(tile_, group, met[m], keys);
+      for (int i = begin; i < end; ++i) {
+        float* logit = logits_ + i * logits_stride_ + m * kPanel;
 #pragma GCC unroll 2
         for (int half = 0; half < kPanel; half += kLanes) {
           vfloat s = load(logit + half);
           if (kIsPaired<Op>) s *= load(keys.factor + half);
-          if (!keys.plain) s += load(keys.bias + half);
-          s = select(rule_.template visible<kCompare>(tile_, i, met[m], keys, half), s, splat(-kInfinity));
+          if (!simple) s += load(keys.bias + half);
+          s = select(rule_.template visible<kCompare>(tile_, i, met[m], keys, half, simple), s,
+                     splat(-kInfinity));
           store(logit + half, s);
-          largest = vmax(s, largest);
+          largest[i - begin] = vmax(s, largest[i - begin]);
         }
       }
-      const float old = maximum_[i], maximum = max_of(old, max_of_lanes(largest));
-      const float shift = maximum == -kInfinity ? 0.0f : maximum;
-      vfloat sums{};
-      if (row_codes_) {
-        for (int64_t k = 0; k < count * kPanel; k += kLanes) {
-          const vfloat p = exp2_of(load(row + k) - shift) *
-                           rule_.inverse_count(row_codes_ + i * p_.R, panels_.codes(met[k / kPanel]),
-                                               static_cast<int>(k % kPanel), tile_.round);
-          store(row + k, p);
-          sums += p;
-        }
-      } else {
-        for (int64_t k = 0; k < count * kPanel; k += 2 * kLanes) {
-          const vfloat p = exp2_of(load(row + k) - shift), next = exp2_of(load(row + k + kLanes) - shift);
-          store(row + k, p);
-          store(row + k + kLanes, next);
-          sums += p;
-          sums += next;
-        }
+    }
+    // Row after row in steps, so that their horizontal sums and maxima wait side by side.
+    float maxima[kGroupRows];
+    vfloat sums[kGroupRows];
+    for (int i = begin; i < end; ++i)
+      maxima[i - begin] = max_of(maximum_[i], max_of_lanes(largest[i - begin]));
+    for (int i = begin; i < end; ++i) {
+      float* row = logits_ + i * logits_stride_;
+      const float maximum = maxima[i - begin], shift = maximum == -kInfinity ? 0.0f : maximum;
+      vfloat lanes{};
+      for (int64_t k = 0; k < count * kPanel; k += kLanes) {
+        vfloat p = exp2_of(load(row + k) - shift);
+        if (row_codes_)
+          p *= rule_.inverse_count(row_codes_ + i * p_.R, panels_.codes(met[k / kPanel]),
+                                   static_cast<int>(k % kPanel), tile_.round);
+        store(row + k, p);
+        lanes += p;
       }
+      sums[i - begin] = lanes;
+    }
+    for (int i = begin; i < end; ++i) {
+      float* row = logits_ + i * logits_stride_;
+      const float old = maximum_[i], maximum = maxima[i - begin];
       // Panels that no row may see, such as padding, are left out: then lanes are not counted from the first
       // key.
       const bool gapless = met[count - 1] - met[0] + 1 == count;
-      float sum =
-          p_.rule.bucket_window && gapless ? sum_from_first_key(i, met[0], count, row) : sum_of_lanes(sums);
+      float sum = p_.rule.bucket_window && gapless ? sum_from_first_key(i, met[0], count, row)
+                                                   : sum_of_lanes(sums[i - begin]);
       if (maximum == -kInfinity && sees_any<kCompare>(group, i)) sum = __builtin_nanf("");
       if (factors_)
         for (int m = 0; m < count; ++m) {
@@ -177,14 +182,13 @@ class ForwardWorker {
             store(row + m * kPanel + k, load(row + m * kPanel + k) * load(factors + k));
         }
       if constexpr (kIsPaired<Op>) {
-        for (int m = 0; m < count; ++m)
-          store_pairs(row + m * kLanes,
-                      pairs_of_neighbours(load(row + m * kPanel), load(row + m * kPanel + kLanes)));
+        for (int64_t k = 0; k < count * kPanel; k += 2 * kLanes)  // an odd panel out has a neighbour unread
+          store_pairs(row + k / 2, pairs_of_neighbours(load(row + k), load(row + k + kLanes)));
       }
       if (first) {
         sum_[i] = sum;
       } else {
-        const float rescale = old == -kInfinity ? 0.0f : exp2_of(old - shift);
+        const float rescale = old == -kInfinity ? 0.0f : exp2_of(old - maximum);
         sum_[i] = sum_[i] * rescale + sum;
         float* out = out_ + i * plan_.dv_padded;
         for (int64_t k = 0; k < plan_.dv_padded; k += kLanes) store(out + k, load(out + k) * rescale);
@@ -201,7 +205,7 @@ class ForwardWorker {
     vint any{};
     for (int m = 0; m < met_count_[group]; ++m)
       for (int half = 0; half < kPanel; half += kLanes)
-        any |= rule_.template visible<kCompare>(tile_, i, met[m], panels_.panel(met[m]), half);
+        any |= rule_.template visible<kCompare>(tile_, i, met[m], panels_.panel(met[m]), half, false);
     int32_t found = 0;
     for (int lane = 0; lane < kLanes; ++lane) found |= any[lane];
     return found != 0;

@@ -12,8 +12,8 @@
 namespace reformer {
 namespace REFORMER_ISA {
 
-constexpr int kTileRows = 64;       // queries in a tile
-constexpr int kPanel = 2 * kLanes;  // keys in a panel
+constexpr int kTileRows = 64;                               // queries in a tile
+constexpr int kPanel = kLanes == 16 ? kLanes : 2 * kLanes;  // keys in a panel
 constexpr int kTileGroups = (kTileRows + kGroupRows - 1) / kGroupRows;
 constexpr float kInfinity = __builtin_inff();
 // Logits are held in units of ln 2, so that a probability is one power of two.
@@ -300,6 +300,7 @@ struct Tile {
   int64_t low[kTileRows], high[kTileRows];                  // ring positions of a row's keys
   int64_t full_low[kTileRows], full_high[kTileRows];        // panels that lie inside [low, high)
   int64_t panel_low[kTileGroups], panel_high[kTileGroups];  // panels that a group of rows meets
+  int64_t whole_low[kTileGroups], whole_high[kTileGroups];  // panels that lie in the range of all its rows
   int32_t last_position[kTileGroups];                       // of a group's queries
   int64_t first_panel = 0, last_panel = 0;                  // [first, last) over all groups
   bool crosses = false;                                     // keys of another round, over the ring
@@ -404,8 +405,12 @@ static inline void make_tile(const AttentionParams& p, const Plan& plan, const H
   for (int group = 0; group < tile->groups; ++group) {
     int64_t low = INT64_MAX, high = INT64_MIN;
     int32_t last_position = -1;
+    tile->whole_low[group] = INT64_MIN;
+    tile->whole_high[group] = INT64_MAX;
     for (int i = group * kGroupRows; i < group * kGroupRows + group_rows(*tile, group); ++i) {
       last_position = max_of(last_position, tile->position[i]);
+      tile->whole_low[group] = max_of(tile->whole_low[group], tile->full_low[i]);
+      tile->whole_high[group] = min_of(tile->whole_high[group], tile->full_high[i]);
       if (tile->high[i] <= tile->low[i]) continue;
       low = min_of(low, tile->low[i]);
       high = max_of(high, tile->high[i]);

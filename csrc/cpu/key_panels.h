@@ -288,26 +288,32 @@ class PairRule {
     return panel.first_position < tile.last_position[group] + (p_.rule.exclude_self ? 0 : 1);
   }
 
+  // Whether positions alone decide which keys of a panel the rows of a group may attend to.
+  bool positions_decide(const Tile& tile, int group, int64_t index, const Panel& panel) const {
+    return panel.plain && index >= tile.whole_low[group] && index < tile.whole_high[group];
+  }
+
   // How positions decide: not at all, keys before a limit, or all keys but the query.
   enum class Compare { kNone, kBefore, kOthers };
   Compare compare() const { return compare_; }
 
-  // Lanes [half, half + kLanes) of panel `index` that row `i` may attend to.
+  // Lanes [half, half + kLanes) of panel `index` that row `i` may attend to. `simple`: positions_decide.
   template <Compare kCompare>
-  REFORMER_INLINE_MEMBER vint visible(const Tile& tile, int i, int64_t index, const Panel& panel,
-                                      int half) const {
+  REFORMER_INLINE_MEMBER vint visible(const Tile& tile, int i, int64_t index, const Panel& panel, int half,
+                                      bool simple) const {
     vint mask = splat(-1);
     if constexpr (kCompare == Compare::kBefore)
       mask = load(panel.position + half) < splat(tile.position[i] + (p_.rule.exclude_self ? 0 : 1));
     if constexpr (kCompare == Compare::kOthers) mask = load(panel.position + half) != splat(tile.position[i]);
-    if (__builtin_expect(index < tile.full_low[i] || index >= tile.full_high[i], 0)) {
+    if (__builtin_expect(simple, 1)) return mask;
+    if (index < tile.full_low[i] || index >= tile.full_high[i]) {
       const int64_t block = index * kPanel & ~static_cast<int64_t>(kTileRows - 1);
       const int64_t low = min_of<int64_t>(max_of<int64_t>(tile.low[i] - block, 0), kTileRows);
       const int64_t high = min_of<int64_t>(max_of<int64_t>(tile.high[i] - block, 0), kTileRows);
       const vint ring = load(panel.ring + half);
       mask &= (ring >= splat(static_cast<int32_t>(low))) & (ring < splat(static_cast<int32_t>(high)));
     }
-    if (__builtin_expect(panel.plain, 1)) return mask;
+    if (panel.plain) return mask;
     mask &= load(panel.bias + half) > splat(-kInfinity);
     if (plan_.compares_buckets)
       for (int lane = 0; lane < kLanes; ++lane) mask[lane] &= -(panel.bucket[half + lane] == tile.bucket[i]);

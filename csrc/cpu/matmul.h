@@ -10,8 +10,9 @@
 namespace reformer {
 namespace REFORMER_ISA {
 
-// Rows of C in one block: with two vectors a row the accumulators fill most of 16 (32) registers.
-constexpr int kGroupRows = kLanes == 16 ? 12 : 6;
+// Rows of C in one block. With two vectors a row the accumulators fill most of 16 registers; of 32 they leave
+// half free, as fewer rows at a time skip more of what a causal mask excludes.
+constexpr int kGroupRows = kLanes == 16 ? 8 : 6;
 
 // Rows of B that are neighbours in memory; B is one piece after the other. Depths and strides are in
 // operands.

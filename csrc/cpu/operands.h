@@ -56,6 +56,8 @@ using OperandVector = typename OperandVectorOf<Op>::type;
 
 REFORMER_INLINE vfloat multiply_add(vfloat sum, float a, vfloat b) { return sum + a * b; }
 
+typedef uint32_t vhalf __attribute__((vector_size(kLanes * 2)));
+
 REFORMER_INLINE void store_pairs(void* place, vuint pairs) { memcpy(place, &pairs, sizeof(pairs)); }
 
 #ifdef __AVX512BF16__
@@ -72,7 +74,13 @@ REFORMER_INLINE vuint pairs_of_rows(vfloat first, vfloat second) {
                                          (__m512i)_mm512_cvtne2ps_pbh((__m512)first, (__m512)second));
 }
 
-// The 2 kLanes numbers of low and high, rounded, each with its neighbour, the first in the high half.
+// The kLanes numbers of x, rounded, each with its neighbour, the first in the high half.
+REFORMER_INLINE vhalf pairs_of_neighbours(vfloat x) {
+  const vhalf pairs = (vhalf)_mm512_cvtneps_pbh((__m512)x);
+  return pairs << 16 | pairs >> 16;
+}
+
+// The 2 kLanes numbers of low and high, likewise.
 REFORMER_INLINE vuint pairs_of_neighbours(vfloat low, vfloat high) {
   const vuint pairs = (vuint)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
   return pairs << 16 | pairs >> 16;
@@ -96,6 +104,12 @@ REFORMER_INLINE vuint pairs_of_rows(vfloat first, vfloat second) {
     from_float(second[lane], &low);
     pairs[lane] = static_cast<uint32_t>(high.bits) << 16 | low.bits;
   }
+  return pairs;
+}
+REFORMER_INLINE vhalf pairs_of_neighbours(vfloat x) {
+  const vuint rounded = pairs_of_rows(x, vfloat{});
+  vhalf pairs{};
+  for (int word = 0; word < kLanes / 2; ++word) pairs[word] = rounded[2 * word] | rounded[2 * word + 1] >> 16;
   return pairs;
 }
 REFORMER_INLINE vuint pairs_of_neighbours(vfloat low, vfloat high) {
