@@ -217,7 +217,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unsorted": (
         {"layout": (_LAYOUT[0], Layout(_LAYOUT[1].order.flip(-1), _LAYOUT[1].bucket_starts))},
         ValueError,
-        "sorted by position",
+        "must be sorted",
     ),
 }
 

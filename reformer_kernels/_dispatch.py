@@ -82,11 +82,23 @@ def make_cross_layout(
         return layout_by_position(q), layout_by_position(k)
     if rotations is None:
         rotations = draw_rotations(config, k, seed)
+    if not config.causal:
+        q, k = _centred(q, None), _centred(k, mask)
     span = cross_span(config)
     return (
         _sorted_by_hash(q, config, rotations, span, L_k, None, backend),
         _sorted_by_hash(k, config, rotations, span, L_k, mask, backend),
     )
+
+
+def _centred(x: Tensor, mask: Tensor | None) -> Tensor:
+    """`x` less each head's mean row without padding, in float32 or better, for hashing: no gradient."""
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    if mask is None:
+        return x - x.mean(dim=2, keepdim=True)
+    padding = (mask if mask.dtype == torch.bool else mask == float("-inf"))[:, None, :, None]
+    count = (~padding).sum(dim=2, keepdim=True).clamp_min(1)
+    return x - x.masked_fill(padding, 0).sum(dim=2, keepdim=True) / count
 
 
 def draw_rotations(config: LSHConfig, x: Tensor, seed: Seed) -> Tensor:

@@ -11,6 +11,7 @@ from reformer_kernels.cli.generate import generate
 from reformer_kernels.cli.info import info
 from reformer_kernels.cli.inspect import inspect
 from reformer_kernels.cli.machine import version_of
+from reformer_kernels.cli.recall import recall
 from reformer_kernels.cli.train import train
 
 __all__ = ["app", "main"]
@@ -28,6 +29,7 @@ app.command()(bench)
 app.command()(inspect)
 app.command()(train)
 app.command()(generate)
+app.command()(recall)
 
 
 def _print_version(wanted: bool) -> None:

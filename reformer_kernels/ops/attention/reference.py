@@ -285,4 +285,4 @@ def _check_layout(name: str, order: Tensor, bucket_starts: Tensor, *, sorted_buc
     if not (rising and bool((bucket_starts[..., 0] == 0).all() and (bucket_starts[..., -1] == L).all())):
         raise ValueError(f"{name}.bucket_starts must rise from 0 to {L} for every batch, head and round")
     if sorted_buckets and bool((_bucket_of_rank(bucket_starts, L) * L + order).diff(dim=-1).le(0).any()):
-        raise ValueError(f"{name}.order must be sorted by position within every bucket")
+        raise ValueError(f"{name}.order must be sorted: positions must rise within each bucket")
