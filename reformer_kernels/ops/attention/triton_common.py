@@ -48,13 +48,13 @@ def head_start(pointer, head, H, batch_stride, head_stride, ALIGN: tl.constexpr)
 
 
 @triton.jit
-def load_rows(start, position, row_stride, there, d0, D: tl.constexpr, DIMS: tl.constexpr, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_rows(
+    start, position, row_stride, there, d0, D: tl.constexpr, DIMS: tl.constexpr, ALIGN: tl.constexpr
+):  # type: ignore[no-untyped-def]
     """Dimensions [d0, d0 + DIMS) of the rows at `position` [N]: [N, DIMS], zeros where they are not there."""
     d = d0 + tl.arange(0, DIMS)
     offsets = position.to(tl.int64) * aligned(row_stride, ALIGN)
-    return tl.load(
-        start + (offsets[:, None] + d[None, :]), there[:, None] & (d < D)[None, :], other=0.0
-    )
+    return tl.load(start + (offsets[:, None] + d[None, :]), there[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -253,5 +253,3 @@ def dropout_factors(  # type: ignore[no-untyped-def]
         w = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [M / 4, N, 2, 2]: the last index is the lower bit
         return tl.reshape(tl.permute(w, (0, 2, 3, 1)), [M, N])
     return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-
-

@@ -16,9 +16,17 @@ from torch import Tensor
 from reformer_kernels.config import AttentionRule
 from reformer_kernels.ops.attention import triton_plan
 from reformer_kernels.ops.attention.philox import threshold
+from reformer_kernels.ops.attention.triton_backward import (
+    attention_backward_keys_kernel,
+    attention_backward_queries_kernel,
+)
 from reformer_kernels.ops.attention.triton_forward import attention_forward_kernel
 from reformer_kernels.ops.attention.triton_plan import Plan, make_plan
-from reformer_kernels.ops.attention.triton_tables import attention_rows_kernel, attention_tables_kernel
+from reformer_kernels.ops.attention.triton_tables import (
+    attention_finish_kernel,
+    attention_rows_kernel,
+    attention_tables_kernel,
+)
 from reformer_kernels.ops.tiles import Tile, architecture_of, tile
 from reformer_kernels.ops.triton_tools import alignment, check_programs, check_rows, on_device, row_strides
 
@@ -225,3 +233,92 @@ def forward(
                     FIRST=round_ == 0,
                     LAST=round_ == R - 1,
                 )
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    key_bias: Tensor | None,
+    seed: Tensor | None,
+    rule: AttentionRule,
+    scale: float,
+    dropout_p: float,
+    grad_q: Tensor,
+    grad_k: Tensor | None,
+    grad_v: Tensor,
+) -> None:
+    """Writes the gradients of q, v and, where keys are given apart, k."""
+    if not lse.numel():
+        return
+    with on_device(q):
+        check_rows([("out", out), ("grad_out", grad_out)])
+        problem = prepare(
+            q, k, v, order, starts, key_bias, seed, rule, scale, dropout_p, gradients=(out, grad_out, grad_lse)
+        )  # fmt: skip
+        (B, H, L, D), DV, R = q.shape, v.size(-1), problem.plan.R
+        passes = []
+        for name, kernel in (
+            ("attention_backward_queries", attention_backward_queries_kernel),
+            ("attention_backward_keys", attention_backward_keys_kernel),
+        ):
+            chosen = problem.tile(name)
+            passes.append((kernel, triton.cdiv(L, chosen.rows), problem.arguments(chosen, grad_out)))
+        bytes_a_head = L * ((2 * D + 2 * DV) * q.element_size() + 4 * (2 * D + DV))
+        tiles = min(tiles for _, tiles, _ in passes)
+        group = triton_plan.heads_together(q.device, B * H, tiles, bytes_a_head)
+        q_sums, k_sums, v_sums = (
+            torch.empty((group, L, width), dtype=torch.float32, device=q.device) for width in (D, D, DV)
+        )
+        block = rows_a_program(max(D, DV))
+        for first in range(0, B * H, group):
+            heads = min(group, B * H - first)
+            for round_ in range(R):
+                for kernel, tiles, arguments in passes:
+                    by_queries = kernel is attention_backward_queries_kernel
+                    kernel[(check_programs(heads * tiles),)](
+                        **arguments,
+                        **({"q_sums": q_sums} if by_queries else {"k_sums": k_sums, "v_sums": v_sums}),
+                        grad_out=grad_out,
+                        lse=lse,
+                        delta=problem.delta,
+                        **named_strides("grad", grad_out),
+                        first_head=first,
+                        round_=round_,
+                        FIRST=round_ == 0,
+                    )
+            attention_finish_kernel[(check_programs(heads * triton.cdiv(L, block)),)](
+                q=q,
+                grad_out=grad_out,
+                key_bias=q if key_bias is None else key_bias,
+                inverse_norms=q if problem.inverse_norms is None else problem.inverse_norms,
+                lse=lse,
+                q_sums=q_sums,
+                k_sums=k_sums,
+                v_sums=v_sums,
+                grad_q=grad_q,
+                grad_k=grad_q if grad_k is None else grad_k,
+                grad_v=grad_v,
+                **named_strides("q", q),
+                **named_strides("grad", grad_out),
+                **named_strides("grad_q", grad_q),
+                **named_strides("grad_k", grad_q if grad_k is None else grad_k),
+                **named_strides("grad_v", grad_v),
+                first_head=first,
+                H=H,
+                L=L,
+                scale=scale,
+                NORM=0 if problem.inverse_norms is None else rule.key_norm,
+                SHARED=k is None,
+                HAS_BIAS=key_bias is not None,
+                EXCLUDE_SELF=rule.exclude_self,
+                **triton_plan.head_dims(D, DV),
+                ALIGN=alignment(q, grad_out),
+                BLOCK=block,
+            )

@@ -79,9 +79,7 @@ def make_plan(rule: AttentionRule, R: int, L: int, S: int) -> Plan:
         )
     chunks = -(-L // rule.chunk_length)
     neighbours = max(rule.chunks_before, rule.chunks_after)
-    compare = (
-        rule.bucket_mask and not rule.bucket_window and rule.ring and neighbours > (R - 1) * chunks
-    )
+    compare = rule.bucket_mask and not rule.bucket_window and rule.ring and neighbours > (R - 1) * chunks
     inside = rule.bucket_window or (rule.bucket_mask and not compare)
     ring = rule.ring and not inside
     if rule.bucket_window:
