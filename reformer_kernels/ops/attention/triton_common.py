@@ -250,6 +250,8 @@ def dropout_factors(  # type: ignore[no-untyped-def]
     w0, w1 = tl.where(w0 >= limit, keep_scale, 0.0), tl.where(w1 >= limit, keep_scale, 0.0)
     w2, w3 = tl.where(w2 >= limit, keep_scale, 0.0), tl.where(w3 >= limit, keep_scale, 0.0)
     if ROWS_ARE_KEYS:
-        w = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [M / 4, N, 2, 2]: the last index is the lower bit
-        return tl.reshape(tl.permute(w, (0, 2, 3, 1)), [M, N])
-    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+        factors = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [M / 4, N, 2, 2], the last index counts ones
+        factors = tl.reshape(tl.permute(factors, (0, 2, 3, 1)), [M, N])
+    else:
+        factors = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    return factors
