@@ -21,6 +21,7 @@ try:
     # Imports the extension, then the modules that register the native operators with torch.
     for _module in ("_native", "ops.hash.op", "ops.sort.op", "ops.residual.op", "ops.attention.op"):
         importlib.import_module(f"{__package__}.{_module}")
+    importlib.import_module(f"{__package__}.ops.attention.triton_op")  # without importing triton
 except ImportError as error:
     NATIVE_ERROR = error
 

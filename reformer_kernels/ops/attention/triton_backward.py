@@ -34,7 +34,7 @@ from reformer_kernels.ops.triton_tools import dot
 
 BACKWARD_INTEGERS = (
     *("q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row"),
-    *("grad_batch", "grad_head", "grad_row", "first_head", "round_", "H", "L", "slots", "R", "S"),
+    *("grad_batch", "grad_head", "grad_row", "first_head", "round_", "H", "L", "LK", "slots", "R", "S"),
     *("before", "after", "chunk_length", "chunks", "turns", "threshold"),
 )
 
@@ -44,7 +44,7 @@ LARGEST_EXPONENT = tl.constexpr(64.0)
 
 @triton.jit
 def _probabilities(logits, lse2, visible, count, DUPLICATES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """exp2(logits - lse2) / count where visible. A rounded log-sum-exp may fall below its own largest logit."""
+    """exp2(logits - lse2) / count where visible. A rounded lse may fall below its own largest logit."""
     exponent = logits - lse2
     if DUPLICATES:
         exponent = tl.where(exponent > LARGEST_EXPONENT, LARGEST_EXPONENT, exponent)
@@ -75,9 +75,13 @@ def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
     lse,
     delta,
     order,
+    key_order,
     starts,
     rank_buckets,
+    lows,
+    highs,
     codes,
+    key_codes,
     inverse_norms,
     key_bias,
     seed,
@@ -98,6 +102,7 @@ def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
     round_,
     H,
     L,
+    LK,
     slots,
     R,
     S,
@@ -110,6 +115,7 @@ def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
     scale,
     keep_scale,
     FIRST: tl.constexpr,
+    SEPARATE: tl.constexpr,
     WINDOW: tl.constexpr,
     RING: tl.constexpr,
     BUCKETS: tl.constexpr,
@@ -136,13 +142,15 @@ def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
     head = (program // tiles).to(tl.int64) + first_head
     rank = (program % tiles) * M + tl.arange(0, M)
     order += head * R * L
+    key_order += head * R * LK
     starts += head * R * S
     rank_buckets += head * R * L
     codes += head * L * R
-    inverse_norms += head * L
+    key_codes += head * LK * R
+    inverse_norms += head * LK
     lse += head * L
     delta += head * L
-    key_bias += (head // H) * L
+    key_bias += (head // H) * LK
     q_start = head_start(q, head, H, q_batch, q_head, ALIGN)
     k_start = head_start(k, head, H, k_batch, k_head, ALIGN)
     v_start = head_start(v, head, H, v_batch, v_head, ALIGN)
@@ -151,16 +159,20 @@ def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
     rounds = tl.zeros([M], tl.int32) + round_
     position, there = load_positions(order, rounds, rank, rank < L, L)
     live = there  # and no padding
-    if HAS_BIAS:
+    if HAS_BIAS and not SEPARATE:
         live = live & (tl.load(key_bias + position, there, other=0.0) > float("-inf"))
     bucket_low, bucket_high, number = rank, rank, rank.to(tl.int64)
-    if BUCKETS != NO_BUCKETS:
-        bucket_low, bucket_high, number = bucket_bounds(starts, rank_buckets, rounds, rank, there, L, S)
-    low, high = ranges(
-        rank, bucket_low, bucket_high, before, after, L, slots, R, chunk_length, chunks, turns,
-        WINDOW, RING, BUCKETS,
-    )  # fmt: skip
-    lowest, highest = reach_of_tile(low, high, there, L)
+    if SEPARATE:
+        low = tl.load(lows + (head * R + round_) * L + rank, there, other=0)
+        high = tl.load(highs + (head * R + round_) * L + rank, there, other=0)
+    else:
+        if BUCKETS != NO_BUCKETS:
+            bucket_low, bucket_high, number = bucket_bounds(starts, rank_buckets, rounds, rank, there, L, S)
+        low, high = ranges(
+            rank, bucket_low, bucket_high, before, after, L, slots, R, chunk_length, chunks, turns,
+            WINDOW, RING, BUCKETS,
+        )  # fmt: skip
+    lowest, highest = reach_of_tile(low, high, there)
 
     lse2 = tl.load(lse + position, there, other=0.0) * LOG2E
     row_delta = tl.load(delta + position, there, other=0.0)
@@ -171,8 +183,8 @@ def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
     sums = tl.zeros([M, PADDED], tl.float32)
     for base in range(lowest & -4, highest, N):
         first_key, key_rounds, key_ranks = block_places(base, round_, slots, R, turns, RING, N)
-        seen = (base + tl.arange(0, N) < highest) & (key_ranks < L)
-        key_position, seen = load_positions(order, key_rounds, key_ranks, seen, L)
+        seen = (base + tl.arange(0, N) < highest) & (key_ranks < LK)
+        key_position, seen = load_positions(key_order, key_rounds, key_ranks, seen, LK)
         key_number = key_ranks.to(tl.int64)
         if BUCKETS == COMPARE_BUCKETS:
             _, _, key_number = bucket_bounds(starts, rank_buckets, key_rounds, key_ranks, seen, L, S)
@@ -200,7 +212,7 @@ def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
         count = 1.0
         if DUPLICATES:
             count = times_met(
-                codes, position, there, key_position, seen, before, after, chunks, turns, R,
+                codes, key_codes, position, there, key_position, seen, before, after, chunks, turns, R,
                 RING, BUCKETS, False, M, N,
             )  # fmt: skip
         p = _probabilities(logits, lse2[:, None], visible, count, DUPLICATES)
@@ -235,9 +247,13 @@ def attention_backward_keys_kernel(  # type: ignore[no-untyped-def]
     lse,
     delta,
     order,
+    key_order,
     starts,
     rank_buckets,
+    lows,
+    highs,
     codes,
+    key_codes,
     inverse_norms,
     key_bias,
     seed,
@@ -259,6 +275,7 @@ def attention_backward_keys_kernel(  # type: ignore[no-untyped-def]
     round_,
     H,
     L,
+    LK,
     slots,
     R,
     S,
@@ -271,6 +288,7 @@ def attention_backward_keys_kernel(  # type: ignore[no-untyped-def]
     scale,
     keep_scale,
     FIRST: tl.constexpr,
+    SEPARATE: tl.constexpr,
     WINDOW: tl.constexpr,
     RING: tl.constexpr,
     BUCKETS: tl.constexpr,
@@ -296,37 +314,43 @@ def attention_backward_keys_kernel(  # type: ignore[no-untyped-def]
     Products are those of keys with queries, [M, N], from the start: no transpose of a product is multiplied.
     """
     program = tl.program_id(0)
-    tiles = tl.cdiv(L, M)
+    tiles = tl.cdiv(LK, M)
     head = (program // tiles).to(tl.int64) + first_head
     rank = (program % tiles) * M + tl.arange(0, M)
     order += head * R * L
+    key_order += head * R * LK
     starts += head * R * S
     rank_buckets += head * R * L
     codes += head * L * R
-    inverse_norms += head * L
+    key_codes += head * LK * R
+    inverse_norms += head * LK
     lse += head * L
     delta += head * L
-    key_bias += (head // H) * L
+    key_bias += (head // H) * LK
     q_start = head_start(q, head, H, q_batch, q_head, ALIGN)
     k_start = head_start(k, head, H, k_batch, k_head, ALIGN)
     v_start = head_start(v, head, H, v_batch, v_head, ALIGN)
     grad_start = head_start(grad_out, head, H, grad_batch, grad_head, ALIGN)
 
     rounds = tl.zeros([M], tl.int32) + round_
-    position, there = load_positions(order, rounds, rank, rank < L, L)
+    position, there = load_positions(key_order, rounds, rank, rank < LK, LK)
     seen = there  # and no padding
     if HAS_BIAS:
         bias = tl.load(key_bias + position, there, other=float("-inf"))
         seen = seen & (bias > float("-inf"))
     bucket_low, bucket_high, number = rank, rank, rank.to(tl.int64)
-    if BUCKETS != NO_BUCKETS:
-        bucket_low, bucket_high, number = bucket_bounds(starts, rank_buckets, rounds, rank, there, L, S)
-    # Of the queries that see a key: as a query's range, looking the other way.
-    low, high = ranges(
-        rank, bucket_low, bucket_high, after, before, L, slots, R, chunk_length, chunks, turns,
-        WINDOW, RING, BUCKETS,
-    )  # fmt: skip
-    lowest, highest = reach_of_tile(low, high, there, L)
+    if SEPARATE:
+        low = tl.load(lows + (head * R + round_) * LK + rank, there, other=0)
+        high = tl.load(highs + (head * R + round_) * LK + rank, there, other=0)
+    else:
+        if BUCKETS != NO_BUCKETS:
+            bucket_low, bucket_high, number = bucket_bounds(starts, rank_buckets, rounds, rank, there, L, S)
+        # Of the queries that see a key: as a query's range, looking the other way.
+        low, high = ranges(
+            rank, bucket_low, bucket_high, after, before, L, slots, R, chunk_length, chunks, turns,
+            WINDOW, RING, BUCKETS,
+        )  # fmt: skip
+    lowest, highest = reach_of_tile(low, high, there)
     first_key = round_ * slots + (program % tiles) * M
 
     factor = tl.zeros([M], tl.float32) + scale * LOG2E
@@ -346,7 +370,7 @@ def attention_backward_keys_kernel(  # type: ignore[no-untyped-def]
         if BUCKETS == COMPARE_BUCKETS:
             _, _, query_number = bucket_bounds(starts, rank_buckets, query_rounds, query_ranks, asking, L, S)
         live = asking
-        if HAS_BIAS:
+        if HAS_BIAS and not SEPARATE:
             live = live & (tl.load(key_bias + query_position, asking, other=0.0) > float("-inf"))
         queries = load_rows(q_start, query_position, q_row, live, 0, D, PADDED, ALIGN)
         if PADDED <= DIMS:
@@ -367,7 +391,7 @@ def attention_backward_keys_kernel(  # type: ignore[no-untyped-def]
         count = 1.0
         if DUPLICATES:
             count = times_met(
-                codes, position, there, query_position, asking, before, after, chunks, turns, R,
+                key_codes, codes, position, there, query_position, asking, before, after, chunks, turns, R,
                 RING, BUCKETS, True, M, N,
             )  # fmt: skip
         lse2 = tl.load(lse + query_position, asking, other=0.0) * LOG2E
@@ -391,5 +415,5 @@ def attention_backward_keys_kernel(  # type: ignore[no-untyped-def]
         query_delta = tl.load(delta + query_position, asking, other=0.0)
         grad_logits = tl.where(visible, p * (grad_p - query_delta[None, :]), 0.0)
         grad_keys += dot(grad_logits.to(queries.dtype), queries, PRECISION)
-    _add_rows(k_sums + (head - first_head) * L * D, position, grad_keys, there, D, PADDED, FIRST)
-    _add_rows(v_sums + (head - first_head) * L * DV, position, grad_values, there, DV, PADDED_V, FIRST)
+    _add_rows(k_sums + (head - first_head) * LK * D, position, grad_keys, there, D, PADDED, FIRST)
+    _add_rows(v_sums + (head - first_head) * LK * DV, position, grad_values, there, DV, PADDED_V, FIRST)

@@ -48,9 +48,9 @@ def head_start(pointer, head, H, batch_stride, head_stride, ALIGN: tl.constexpr)
 
 
 @triton.jit
-def load_rows(
+def load_rows(  # type: ignore[no-untyped-def]
     start, position, row_stride, there, d0, D: tl.constexpr, DIMS: tl.constexpr, ALIGN: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     """Dimensions [d0, d0 + DIMS) of the rows at `position` [N]: [N, DIMS], zeros where they are not there."""
     d = d0 + tl.arange(0, DIMS)
     offsets = position.to(tl.int64) * aligned(row_stride, ALIGN)
@@ -142,9 +142,10 @@ def bucket_bounds(starts, rank_buckets, rounds, ranks, there, L, S):  # type: ig
 
 
 @triton.jit
-def reach_of_tile(low, high, there, L):  # type: ignore[no-untyped-def]
+def reach_of_tile(low, high, there):  # type: ignore[no-untyped-def]
     """The slots [lowest, highest) that any row of a tile meets."""
-    return tl.min(tl.where(there, low, L), 0), tl.max(tl.where(there, high, 0), 0)
+    meets = there & (low < high)
+    return tl.min(tl.where(meets, low, 1 << 30), 0), tl.max(tl.where(meets, high, 0), 0)
 
 
 @triton.jit
@@ -171,10 +172,7 @@ def visible_pairs(  # type: ignore[no-untyped-def]
         distance = row_position[:, None] - column_position[None, :]  # query's less key's
         if ROWS_ARE_KEYS:
             distance = -distance
-        if EXCLUDE_SELF:
-            visible = visible & (distance > 0)
-        else:
-            visible = visible & (distance >= 0)
+        visible = visible & (distance >= (1 if EXCLUDE_SELF else 0))
     elif EXCLUDE_SELF:
         visible = visible & (row_position[:, None] != column_position[None, :])
     if BUCKETS == COMPARE_BUCKETS:
@@ -184,18 +182,19 @@ def visible_pairs(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def times_met(  # type: ignore[no-untyped-def]
-    codes, row_position, row_there, column_position, column_there, before, after, chunks, turns, R,
+    row_codes, column_codes, row_position, row_there, column_position, column_there,
+    before, after, chunks, turns, R,
     RING: tl.constexpr, BUCKETS: tl.constexpr, ROWS_ARE_KEYS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """[M, N] float32, at least 1: how often the pairs meet over all rounds, if they may at all.
 
-    codes (L, R) as `tables_kernel` writes them: in round r query i meets key j where
-    -after <= code_i - code_j <= before. `before` and `after` are those of queries' ranges.
+    Codes (positions, R) as triton_tables writes them: in round r query i meets key j where
+    -after <= code_i - code_j <= before.
     """
     count = tl.zeros([M, N], tl.int32)
     span = (before + after).to(tl.uint32)
-    row_codes = codes + row_position.to(tl.int64) * R
-    column_codes = codes + column_position.to(tl.int64) * R
+    row_codes += row_position.to(tl.int64) * R
+    column_codes += column_position.to(tl.int64) * R
     if RING and BUCKETS != INSIDE_BUCKET:
         for query_round in range(R):
             for key_round in range(R):

@@ -31,7 +31,7 @@ from reformer_kernels.ops.triton_tools import dot
 FORWARD_INTEGERS = (
     *("q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row"),
     *("out_batch", "out_head", "out_row", "running_batch", "running_head", "running_row"),
-    *("running_first", "first_head", "round_", "H", "L", "slots", "R", "S"),
+    *("running_first", "first_head", "round_", "H", "L", "LK", "slots", "R", "S"),
     *("before", "after", "chunk_length", "chunks", "turns", "threshold"),
 )
 
@@ -42,9 +42,13 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
     k,
     v,
     order,
+    key_order,
     starts,
     rank_buckets,
+    lows,
+    highs,
     codes,
+    key_codes,
     inverse_norms,
     key_bias,
     seed,
@@ -71,6 +75,7 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
     round_,
     H,
     L,
+    LK,
     slots,
     R,
     S,
@@ -84,6 +89,7 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
     keep_scale,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
+    SEPARATE: tl.constexpr,
     WINDOW: tl.constexpr,
     RING: tl.constexpr,
     BUCKETS: tl.constexpr,
@@ -114,11 +120,13 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
     head = (program // tiles).to(tl.int64) + first_head
     rank = (program % tiles) * M + tl.arange(0, M)
     order += head * R * L
+    key_order += head * R * LK
     starts += head * R * S
     rank_buckets += head * R * L
     codes += head * L * R
-    inverse_norms += head * L
-    key_bias += (head // H) * L
+    key_codes += head * LK * R
+    inverse_norms += head * LK
+    key_bias += (head // H) * LK
     q_start = head_start(q, head, H, q_batch, q_head, ALIGN)
     k_start = head_start(k, head, H, k_batch, k_head, ALIGN)
     v_start = head_start(v, head, H, v_batch, v_head, ALIGN)
@@ -126,16 +134,20 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
     rounds = tl.zeros([M], tl.int32) + round_
     position, there = load_positions(order, rounds, rank, rank < L, L)
     live = there  # and no padding
-    if HAS_BIAS:
+    if HAS_BIAS and not SEPARATE:
         live = live & (tl.load(key_bias + position, there, other=0.0) > float("-inf"))
     bucket_low, bucket_high, number = rank, rank, rank.to(tl.int64)
-    if BUCKETS != NO_BUCKETS:
-        bucket_low, bucket_high, number = bucket_bounds(starts, rank_buckets, rounds, rank, there, L, S)
-    low, high = ranges(
-        rank, bucket_low, bucket_high, before, after, L, slots, R, chunk_length, chunks, turns,
-        WINDOW, RING, BUCKETS,
-    )  # fmt: skip
-    lowest, highest = reach_of_tile(low, high, there, L)
+    if SEPARATE:
+        low = tl.load(lows + (head * R + round_) * L + rank, there, other=0)
+        high = tl.load(highs + (head * R + round_) * L + rank, there, other=0)
+    else:
+        if BUCKETS != NO_BUCKETS:
+            bucket_low, bucket_high, number = bucket_bounds(starts, rank_buckets, rounds, rank, there, L, S)
+        low, high = ranges(
+            rank, bucket_low, bucket_high, before, after, L, slots, R, chunk_length, chunks, turns,
+            WINDOW, RING, BUCKETS,
+        )  # fmt: skip
+    lowest, highest = reach_of_tile(low, high, there)
 
     if PADDED <= DIMS:
         queries = load_rows(q_start, position, q_row, live, 0, D, PADDED, ALIGN)
@@ -144,8 +156,8 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
     sums = tl.zeros([M, PADDED_V], tl.float32)
     for base in range(lowest & -4, highest, N):
         first_key, key_rounds, key_ranks = block_places(base, round_, slots, R, turns, RING, N)
-        seen = (base + tl.arange(0, N) < highest) & (key_ranks < L)
-        key_position, seen = load_positions(order, key_rounds, key_ranks, seen, L)
+        seen = (base + tl.arange(0, N) < highest) & (key_ranks < LK)
+        key_position, seen = load_positions(key_order, key_rounds, key_ranks, seen, LK)
         key_number = key_ranks.to(tl.int64)
         if BUCKETS == COMPARE_BUCKETS:
             _, _, key_number = bucket_bounds(starts, rank_buckets, key_rounds, key_ranks, seen, L, S)
@@ -178,7 +190,7 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
         p = tl.exp2(logits - shift[:, None])
         if DUPLICATES:
             p = p / times_met(
-                codes, position, there, key_position, seen, before, after, chunks, turns, R,
+                codes, key_codes, position, there, key_position, seen, before, after, chunks, turns, R,
                 RING, BUCKETS, False, M, N,
             )  # fmt: skip
         rescale = tl.exp2(largest - shift)

@@ -17,9 +17,11 @@ from reformer_kernels.ops.attention.triton_forward import FORWARD_INTEGERS, atte
 from reformer_kernels.ops.attention.triton_launch import TABLE_BLOCK, rows_a_program
 from reformer_kernels.ops.attention.triton_plan import INSIDE_BUCKET, NO_BUCKETS, head_dims, precision
 from reformer_kernels.ops.attention.triton_tables import (
+    CURSOR_INTEGERS,
     FINISH_INTEGERS,
     ROW_INTEGERS,
     TABLE_INTEGERS,
+    attention_cursors_kernel,
     attention_finish_kernel,
     attention_rows_kernel,
     attention_tables_kernel,
@@ -36,14 +38,17 @@ TILED = {
 
 _ROWS = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
 _FLOATS = ("lse", "delta", "inverse_norms", "key_bias", "running", "q_sums", "k_sums", "v_sums", "grad_lse")
-_INTS = ("order", "starts", "rank_buckets", "codes")
+_INTS = (
+    *("order", "starts", "key_order", "key_starts", "rank_buckets", "codes", "key_codes"),
+    *("lows", "highs", "cursors"),
+)
 
 
 def specializations(
     *, architecture: str, dtype: torch.dtype, head_dim: int, options: str, tiles: Mapping[str, Tile]
 ) -> list[Specialization]:
-    """ "off": one round of local attention, keys apart, no mask. "all": a middle round of causal LSH attention
-    inside buckets, duplicates corrected, keys normalised, with bias and dropout."""
+    """See `ops.specialization`. "off": one round of local attention with its own keys and no mask; "all": a
+    middle round of causal LSH attention inside buckets, duplicates corrected, with bias and dropout."""
     everything = options == "all"
     pointers = {
         **dict.fromkeys(_ROWS, "*" + TRITON_TYPES[dtype]),
@@ -77,11 +82,12 @@ def specializations(
             name, architecture=architecture, bits=8 * dtype.itemsize, head_dim=head_dim
         )
         rounds = {"FIRST": not everything}
-        integers = BACKWARD_INTEGERS
+        integers: tuple[str, ...] = BACKWARD_INTEGERS
         if kernel is attention_forward_kernel:
             rounds["LAST"] = not everything
             integers = FORWARD_INTEGERS
         constants = {
+            "SEPARATE": False,
             "WINDOW": False,
             "RING": False,
             "BUCKETS": INSIDE_BUCKET if everything else NO_BUCKETS,
@@ -98,8 +104,18 @@ def specializations(
     block = rows_a_program(head_dim)
     tables = {"WINDOW": False, "BUCKETS": everything, "CODES": True, "BLOCK": TABLE_BLOCK}
     found.append(specialization(attention_tables_kernel, "attention_tables", TABLE_INTEGERS, None, **tables))
+    for keys in (False, True):
+        cursors = {
+            "KEYS": keys,
+            "CAUSAL": everything,
+            "BUCKETS": everything,
+            "CODES": True,
+            "BLOCK": TABLE_BLOCK,
+        }
+        name = f"attention_cursors_of_{'keys' if keys else 'queries'}"
+        found.append(specialization(attention_cursors_kernel, name, CURSOR_INTEGERS, None, **cursors))
     rows = {"NORM": int(everything), "DELTA": True, "HAS_GRAD_LSE": everything, "BLOCK": block, **sizes}
     found.append(specialization(attention_rows_kernel, "attention_rows", ROW_INTEGERS, None, **rows))
-    finish = {"SHARED": everything, "BLOCK": block, **flags, **sizes}
+    finish = {"SEPARATE": False, "SHARED": everything, "BLOCK": block, **flags, **sizes}
     found.append(specialization(attention_finish_kernel, "attention_finish", FINISH_INTEGERS, None, **finish))
     return found

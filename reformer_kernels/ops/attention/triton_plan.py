@@ -31,6 +31,7 @@ class Plan:
     """
 
     L: int
+    LK: int
     R: int
     S: int
     slots: int
@@ -40,20 +41,22 @@ class Plan:
     chunks: int
     turns: int
     jump: int
+    separate: bool
     window: bool
     ring: bool
     buckets: int
     rule: AttentionRule
 
     def integers(self) -> dict[str, int]:
-        """Arguments of the tile kernels."""
-        names = ("L", "R", "S", "slots", "before", "after", "chunk_length", "chunks", "turns")
-        return {name: getattr(self, name) for name in names}
+        """Arguments of the tile kernels, which read the reach of cursors in codes only."""
+        names = ("L", "LK", "R", "S", "slots", "after", "chunk_length", "chunks", "turns")
+        return {name: getattr(self, name) for name in names} | {"before": self.before - self.separate}
 
     def constants(self, tile: Tile) -> dict[str, Any]:
         rule = self.rule
         uniform = not self.window and self.buckets != INSIDE_BUCKET and rule.chunk_length % tile.rows == 0
         return {
+            "SEPARATE": self.separate,
             "WINDOW": self.window,
             "RING": self.ring,
             "BUCKETS": self.buckets,
@@ -71,41 +74,46 @@ class Plan:
         return self.R > 1 or self.ring
 
 
-def make_plan(rule: AttentionRule, R: int, L: int, S: int) -> Plan:
-    slots = -(-L // 4) * 4
-    if R * slots > MAX_RING:
+def make_plan(rule: AttentionRule, R: int, L: int, LK: int, S: int, *, separate: bool = False) -> Plan:
+    """`separate`: LK keys are sorted apart from the queries."""
+    slots = -(-LK // 4) * 4
+    if R * max(slots, L) > MAX_RING:
         raise ValueError(
-            f"the Triton kernels take rounds times length up to {MAX_RING}, got {R} rounds of {L} tokens"
+            f"the Triton kernels take rounds times length up to {MAX_RING}, "
+            f"got {R} rounds of {max(L, LK)} tokens"
         )
     chunks = -(-L // rule.chunk_length)
     neighbours = max(rule.chunks_before, rule.chunks_after)
-    compare = rule.bucket_mask and not rule.bucket_window and rule.ring and neighbours > (R - 1) * chunks
-    inside = rule.bucket_window or (rule.bucket_mask and not compare)
-    ring = rule.ring and not inside
+    ring = rule.ring and not rule.bucket_window
+    compare = rule.bucket_mask and ring and neighbours > (R - 1) * chunks
+    inside = rule.bucket_mask and not compare
+    ring = ring and not inside
     if rule.bucket_window:
-        before, after = min(rule.window_before, L), min(rule.window_after, L)
+        before, after = min(rule.window_before, LK), min(rule.window_after, LK)
     elif ring:
         before, after = rule.chunks_before, rule.chunks_after
     else:
         before, after = min(rule.chunks_before, chunks), min(rule.chunks_after, chunks)
     turns = (before + after) // (R * chunks) + 2
     jump = max(before, after) + 1 + ((turns + 1) * R * chunks if compare else 0)
-    if rule.correct_duplicates and inside and S * jump + L >= 2**32:
+    if rule.correct_duplicates and inside and S * jump + LK >= 2**32:
         raise ValueError(
-            f"{S - 1} buckets with a reach of {jump - 1} are more than the Triton kernels can count duplicates "
-            "in; use fewer buckets, a smaller window, or backend='reference'"
+            f"{S - 1} buckets with a reach of {jump - 1} are more than the Triton kernels can count "
+            "duplicates in; use fewer buckets, a smaller window, or backend='reference'"
         )
     return Plan(
         L=L,
+        LK=LK,
         R=R,
         S=S,
         slots=slots,
         before=before,
         after=after,
-        chunk_length=min(rule.chunk_length, L),
+        chunk_length=min(rule.chunk_length, max(L, 1)),
         chunks=chunks,
         turns=turns,
         jump=signed(jump),
+        separate=separate,
         window=rule.bucket_window,
         ring=ring,
         buckets=INSIDE_BUCKET if inside else COMPARE_BUCKETS if compare else NO_BUCKETS,

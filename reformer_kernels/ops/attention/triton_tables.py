@@ -7,6 +7,20 @@ import triton.language as tl
 
 from reformer_kernels.ops.attention.triton_common import SELF_ONLY, head_start, load_rows
 
+
+@triton.jit
+def _bucket_of(starts, rank, inside, S, searches):  # type: ignore[no-untyped-def]
+    """The last bucket that starts at or below each rank and is not empty, by `searches` halvings."""
+    low = tl.zeros_like(rank)
+    high = low + (S - 1)
+    for _ in range(searches):
+        middle = (low + high) // 2
+        below = tl.load(starts + middle, inside, other=0) <= rank
+        low = tl.where(below, middle, low)
+        high = tl.where(below, high, middle)
+    return low
+
+
 TABLE_INTEGERS = ("L", "R", "S", "searches", "chunk_length", "jump")
 
 
@@ -29,9 +43,9 @@ def attention_tables_kernel(  # type: ignore[no-untyped-def]
 ):
     """One head's round and BLOCK of its ranks a program.
 
-    rank_buckets (B*H, R, L): the bucket of each rank, the last that starts at or below it and is not empty,
-    by `searches` halvings. codes (B*H, L, R): chunk numbers (WINDOW: ranks) by position, with a jump at each
-    bucket where buckets part tokens; see `times_met`. They may wrap around: differences are taken modulo 2^32.
+    rank_buckets (B*H, R, L): the bucket of each rank. codes (B*H, L, R): by position, chunk numbers
+    (WINDOW: ranks) with a jump at each bucket where buckets part tokens; see `times_met`. They may wrap
+    around: differences are taken modulo 2^32.
     """
     program = tl.program_id(0)
     blocks = tl.cdiv(L, BLOCK)
@@ -42,20 +56,105 @@ def attention_tables_kernel(  # type: ignore[no-untyped-def]
     if not WINDOW:
         code = rank // chunk_length
     if BUCKETS:
-        low = tl.zeros([BLOCK], tl.int32)
-        high = low + (S - 1)
-        for _ in range(searches):
-            middle = (low + high) // 2
-            below = tl.load(starts + line * S + middle, inside, other=0) <= rank
-            low = tl.where(below, middle, low)
-            high = tl.where(below, high, middle)
-        tl.store(rank_buckets + line * L + rank, low, inside)
-        code += low * jump
+        bucket = _bucket_of(starts + line * S, rank, inside, S, searches)
+        tl.store(rank_buckets + line * L + rank, bucket, inside)
+        code += bucket * jump
     if CODES:
         head = line // R
         position = tl.load(order + line * L + rank, inside, other=-1)
         there = (position >= 0) & (position < L)
         tl.store(codes + (head * L + position) * R + line % R, code, there)
+
+
+CURSOR_INTEGERS = ("L", "LK", "R", "S", "searches", "position_searches", "before", "after", "jump")
+
+
+@triton.jit
+def _first_above(table, low, high, limit, inside, size, searches):  # type: ignore[no-untyped-def]
+    """The first index in [low, high) of a rising table (size) whose entry is above `limit`, else high."""
+    for _ in range(searches):
+        middle = (low + high) // 2
+        searching = inside & (low < high) & (middle >= 0) & (middle < size)
+        above = tl.load(table + middle, searching, other=0) > limit
+        high = tl.where(searching & above, middle, high)
+        low = tl.where(searching & (above == 0), middle + 1, low)
+    return low
+
+
+@triton.jit(do_not_specialize=CURSOR_INTEGERS)
+def attention_cursors_kernel(  # type: ignore[no-untyped-def]
+    order,
+    starts,
+    key_order,
+    key_starts,
+    cursors,
+    lows,
+    highs,
+    codes,
+    L,
+    LK,
+    R,
+    S,
+    searches,
+    position_searches,
+    before,
+    after,
+    jump,
+    KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BUCKETS: tl.constexpr,
+    CODES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Keys sorted apart: one head's round and BLOCK of its ranks a program, of queries first, then of keys.
+
+    A query's cursor is the number of sorted keys <= (its bucket, its place among the keys); it sees ranks
+    [cursor - before, cursor + after), in its bucket if BUCKETS. KEYS: those queries are a range of ranks too,
+    as cursors rise; here lows, highs and codes are the keys'. lows, highs (B*H, R, ranks).
+    """
+    program = tl.program_id(0)
+    length = LK if KEYS else L
+    blocks = tl.cdiv(length, BLOCK)
+    line = (program // blocks).to(tl.int64)  # (head, round)
+    rank = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = rank < length
+    starts += line * S
+    key_starts += line * S
+    cursors += line * L
+    if KEYS:
+        bucket = _bucket_of(key_starts, rank, inside, S, searches)
+        position = tl.load(key_order + line * LK + rank, inside, other=-1)
+        first = tl.zeros_like(rank)
+        end = first + L
+        if BUCKETS:
+            first = tl.load(starts + bucket, inside, other=0)
+            end = tl.load(starts + bucket + 1, inside, other=0)
+        low = _first_above(cursors, first, end, rank - after, inside, L, position_searches)
+        high = _first_above(cursors, low, end, rank + before, inside, L, position_searches)
+        code = rank
+    else:
+        bucket = _bucket_of(starts, rank, inside, S, searches)
+        position = tl.load(order + line * L + rank, inside, other=-1)
+        place = position
+        if not CAUSAL:
+            place = (position.to(tl.int64) * LK // L).to(tl.int32)
+        first = tl.load(key_starts + bucket, inside, other=0)
+        end = tl.load(key_starts + bucket + 1, inside, other=0)
+        cursor = _first_above(key_order + line * LK, first, end, place, inside, LK, position_searches)
+        tl.store(cursors + rank, cursor, inside)
+        low = tl.maximum(cursor - before, 0)
+        high = tl.minimum(cursor + after, LK)
+        if BUCKETS:
+            low = tl.maximum(low, first)
+            high = tl.minimum(high, end)
+        code = cursor - 1  # so that -after <= code_i - code_j < before
+    tl.store(lows + line * length + rank, low, inside)
+    tl.store(highs + line * length + rank, high, inside)
+    if CODES:
+        if BUCKETS:
+            code += bucket * jump
+        there = (position >= 0) & (position < length)
+        tl.store(codes + ((line // R) * length + position) * R + line % R, code, there)
 
 
 ROW_INTEGERS = (
@@ -134,7 +233,7 @@ def attention_rows_kernel(  # type: ignore[no-untyped-def]
 FINISH_INTEGERS = (
     *("q_batch", "q_head", "q_row", "grad_batch", "grad_head", "grad_row"),
     *("grad_q_batch", "grad_q_head", "grad_q_row", "grad_k_batch", "grad_k_head", "grad_k_row"),
-    *("grad_v_batch", "grad_v_head", "grad_v_row", "first_head", "H", "L"),
+    *("grad_v_batch", "grad_v_head", "grad_v_row", "first_head", "H", "L", "LK"),
 )
 
 
@@ -169,7 +268,9 @@ def attention_finish_kernel(  # type: ignore[no-untyped-def]
     first_head,
     H,
     L,
+    LK,
     scale,
+    SEPARATE: tl.constexpr,
     NORM: tl.constexpr,
     SHARED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -181,26 +282,30 @@ def attention_finish_kernel(  # type: ignore[no-untyped-def]
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sums over rounds (heads, L, D) float32 to the gradients of q, k and v; BLOCK rows of one head a program.
+    """Sums over rounds (heads, L, D) float32 to gradients; BLOCK rows of one head a program.
 
     With shared query-keys, k = x / |x| (SHARED): grad x += (g - (g . k) k) / |x| for the key's gradient g.
     Padding rows were read as zeros, so that nothing depends on them. A query that saw only itself passed its
     value on.
     """
     program = tl.program_id(0)
-    blocks = tl.cdiv(L, BLOCK)
+    blocks = tl.cdiv(tl.maximum(L, LK), BLOCK)
     slot = (program // blocks).to(tl.int64)
     head = slot + first_head
     row = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < L
-    live = inside
+    inside, key_inside = row < L, row < LK
+    live, key_live = inside, key_inside
     if HAS_BIAS:
-        live = live & (tl.load(key_bias + (head // H) * L + row, inside, other=0.0) > float("-inf"))
+        bias = tl.load(key_bias + (head // H) * LK + row, key_inside, other=0.0)
+        key_live = key_live & (bias > float("-inf"))
+        if not SEPARATE:
+            live = key_live
     d = tl.arange(0, PADDED)
-    at = ((slot * L + row) * D)[:, None] + d[None, :]
-    there = live[:, None] & (d < D)[None, :]
-    gq = tl.load(q_sums + at, there, other=0.0) * scale
-    gk = tl.load(k_sums + at, there, other=0.0) * scale
+    width = (d < D)[None, :]
+    at = (slot * L + row)[:, None] * D + d[None, :]
+    key_at = (slot * LK + row)[:, None] * D + d[None, :]
+    gq = tl.load(q_sums + at, live[:, None] & width, other=0.0) * scale
+    gk = tl.load(k_sums + key_at, key_live[:, None] & width, other=0.0) * scale
     if SHARED:
         if NORM:
             x = load_rows(
@@ -214,17 +319,20 @@ def attention_finish_kernel(  # type: ignore[no-untyped-def]
                 along = tl.where(inverse >= 1e12, 0.0, along)  # there the norm is a constant
             gk = gk - along[:, None] * k
         gq += gk
-    stored = inside[:, None] & (d < D)[None, :]
     places = row.to(tl.int64)[:, None]
     start = head_start(grad_q, head, H, grad_q_batch, grad_q_head, 1)
-    tl.store(start + places * grad_q_row + d[None, :], gq.to(grad_q.dtype.element_ty), stored)
+    tl.store(
+        start + places * grad_q_row + d[None, :], gq.to(grad_q.dtype.element_ty), inside[:, None] & width
+    )
     if not SHARED:
         start = head_start(grad_k, head, H, grad_k_batch, grad_k_head, 1)
-        tl.store(start + places * grad_k_row + d[None, :], gk.to(grad_k.dtype.element_ty), stored)
+        gk = gk.to(grad_k.dtype.element_ty)
+        tl.store(start + places * grad_k_row + d[None, :], gk, key_inside[:, None] & width)
 
     d = tl.arange(0, PADDED_V)
-    at = ((slot * L + row) * DV)[:, None] + d[None, :]
-    gv = tl.load(v_sums + at, live[:, None] & (d < DV)[None, :], other=0.0)
+    width = (d < DV)[None, :]
+    at = (slot * LK + row)[:, None] * DV + d[None, :]
+    gv = tl.load(v_sums + at, key_live[:, None] & width, other=0.0)
     if EXCLUDE_SELF:
         alone = live & (tl.load(lse + head * L + row, live, other=0.0) == SELF_ONLY)
         gv += load_rows(
@@ -232,5 +340,5 @@ def attention_finish_kernel(  # type: ignore[no-untyped-def]
             row, grad_row, alone, 0, DV, PADDED_V, ALIGN,
         ).to(tl.float32)  # fmt: skip
     start = head_start(grad_v, head, H, grad_v_batch, grad_v_head, 1)
-    stored = inside[:, None] & (d < DV)[None, :]
-    tl.store(start + places * grad_v_row + d[None, :], gv.to(grad_v.dtype.element_ty), stored)
+    gv = gv.to(grad_v.dtype.element_ty)
+    tl.store(start + places * grad_v_row + d[None, :], gv, key_inside[:, None] & width)
