@@ -154,7 +154,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "backend must be one of 'auto', 'reference', 'native', 'triton'",
     ),
     "backend None": ({"backend": None}, ValueError, "backend must be one of"),
-    "triton": ({"backend": "triton"}, RuntimeError, "backend='triton' is not part of this version"),
+    "triton": ({"backend": "triton"}, RuntimeError, "backend='triton' runs on CUDA and ROCm devices"),
     "native double": (
         {"qk": zeros(B, H, L, D).double(), "v": zeros(B, H, L, D).double(), "backend": "native"},
         RuntimeError,

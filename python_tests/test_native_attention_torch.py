@@ -24,7 +24,7 @@ from reformer_kernels import Layout, LSHConfig, _native
 from reformer_kernels import functional as F
 from reformer_kernels.cli import memory
 from reformer_kernels.modules import LocalSelfAttention, LSHSelfAttention
-from reformer_kernels.ops.attention import op
+from reformer_kernels.ops.attention import registration
 
 from .attention_cases import Case, arrange, rule_of
 from .helpers import assert_close, gradients, normal, padding_mask, qkv
@@ -449,4 +449,4 @@ def test_the_backward_operator_refuses_what_it_cannot_do() -> None:
 
 
 def test_the_operator_module_knows_its_width() -> None:
-    assert op.MAX_HEAD_DIM == F.MAX_HEAD_DIM
+    assert registration.MAX_HEAD_DIM == F.MAX_HEAD_DIM

@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("group", ["hash"])
+@pytest.mark.parametrize("group", ["hash", "attention", "whole"])
 def test_interpreted(group: str) -> None:
     # A process of its own: the interpreter is chosen when triton is imported.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

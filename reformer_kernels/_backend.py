@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 from typing import Literal, get_args
 
 import torch
 
 from . import _native
+from .ops.tiles import interpreted
 
 Backend = Literal["auto", "reference", "native", "triton"]
 BACKENDS = get_args(Backend)  # here, as torch.compile of older versions cannot trace get_args
 
-NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 NATIVE_ERROR: ImportError | None = None
 """Why the compiled extension could not be imported; None where it was."""
@@ -26,30 +29,44 @@ except ImportError as error:
     NATIVE_ERROR = error
 
 
-def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The back end for tensors of `dtype` on `device`: "reference" or "native".
+@functools.cache
+def triton_missing() -> bool:
+    """Whether Triton is not installed. Nothing imports it before a kernel runs: that takes a while."""
+    return importlib.util.find_spec("triton") is None
 
-    "auto" takes "reference" for float64 and for devices other than the CPU (the Triton back end is not
-    part of this version), else "native". Raises ValueError for an unknown name, and RuntimeError,
-    saying why and what to do, where the back end cannot run; it never falls back to another.
+
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The back end for tensors of `dtype` on `device`: "reference", "native" or "triton".
+
+    "auto" takes "reference" for float64 and for devices that have no kernels, "native" on the CPU, "triton"
+    on CUDA and ROCm devices. Raises ValueError for an unknown name, and RuntimeError, saying why and what to
+    do, where the back end cannot run; it never falls back to another.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "auto":
-        backend = "reference" if dtype == torch.float64 or device.type != "cpu" else "native"
+        kernels = {"cpu": "native", "cuda": "triton"}.get(device.type, "reference")
+        backend = "reference" if dtype == torch.float64 else kernels
+    if backend in ("native", "triton") and dtype not in KERNEL_DTYPES:
+        accepted = ", ".join(str(d).removeprefix("torch.") for d in KERNEL_DTYPES)
+        raise RuntimeError(f"backend={backend!r} takes {accepted}, got {dtype}; use backend='reference'")
     if backend == "triton":
-        raise RuntimeError(
-            "backend='triton' is not part of this version; use 'native' on the CPU or 'reference'"
-        )
+        if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+            raise RuntimeError(
+                f"backend='triton' runs on CUDA and ROCm devices, got tensors on {device}; use 'native' on "
+                "the CPU or 'reference' (or start Python with TRITON_INTERPRET=1, for tests)"
+            )
+        if triton_missing():
+            raise RuntimeError(
+                "the Triton back end cannot be used, as the package triton is not installed; get it with "
+                "'pip install triton', or pass backend='reference', which is slow"
+            )
     if backend == "native":
         if device.type != "cpu":
             raise RuntimeError(
                 f"backend='native' runs on the CPU, got tensors on {device}; use 'reference' "
                 "(on CUDA tensors, bucket_sort is the one function with a native kernel)"
             )
-        if dtype not in NATIVE_DTYPES:
-            accepted = ", ".join(str(d).removeprefix("torch.") for d in NATIVE_DTYPES)
-            raise RuntimeError(f"backend='native' takes {accepted}, got {dtype}; use backend='reference'")
         if NATIVE_ERROR is not None:
             raise RuntimeError(
                 "the native back end cannot be used, as its compiled extension failed to import "

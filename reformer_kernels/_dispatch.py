@@ -36,9 +36,9 @@ def hash_rows(
     """Without factors, they are automatic, from `span` and `length` (None: x's own)."""
     x, rotations = contiguous_rows(x.detach()), rotations.detach().to(x.device)
     padding = mask if mask is None or mask.dtype == torch.bool else mask == float("-inf")
-    if backend == "native":
-        rotations = rotations.contiguous()
-        return torch.ops.reformer_kernels.native_lsh_hash(x, rotations, factors, span, padding, length)
+    if backend != "reference":
+        operator = getattr(torch.ops.reformer_kernels, f"{backend}_lsh_hash")
+        return operator(x, rotations.contiguous(), factors, span, padding, length)
     if not factors:
         factors = automatic_factors(int(x.shape[2] if length is None else length), span)
     return hash_reference.lsh_hash(x, rotations, factors, padding)
@@ -154,11 +154,10 @@ def attend_layout(
     keys = (
         () if key_layout is None else (key_layout.order.contiguous(), key_layout.bucket_starts.contiguous())
     )
-    if backend == "native":
+    if backend != "reference":
         refuse_forward_mode(q, k, v)
-        return torch.ops.reformer_kernels.native_attention(
-            q, k, v, order, starts, key_bias, drawn, rule.pack(), scale, dropout_p, *keys
-        )
+        operator = getattr(torch.ops.reformer_kernels, f"{backend}_attention")
+        return operator(q, k, v, order, starts, key_bias, drawn, rule.pack(), scale, dropout_p, *keys)
     return attention_reference.attention(
         q, k, v, order, starts, key_bias, drawn, rule, scale, dropout_p, *keys
     )

@@ -1,4 +1,5 @@
-"""Residual steps in native code: the operator `torch.ops.reformer_kernels.native_residual_step`.
+"""The operators of residual steps: `torch.ops.reformer_kernels.native_residual_step` and
+`triton_residual_step`.
 
 One pass over a stream: stream += sign * delta in place, and what the next module reads: the stream's value
 (of a fixed-point stream) and, if asked for, its LayerNorm or RMSNorm.
@@ -15,14 +16,15 @@ from reformer_kernels import _native
 from reformer_kernels.ops.residual.checks import NORMALIZATIONS, allocate, check
 
 _library = torch.library.Library("reformer_kernels", "FRAGMENT")
-_library.define(
-    # stream: int32 with scale and flag, else of `dtype`. normalization: by rows of the last dimension.
-    # -> value (empty for floating-point streams), normed, mean and rstd (empty without normalization).
-    "native_residual_step(Tensor(a!) stream, Tensor? delta, int sign, Tensor? scale, Tensor(b!)? flag, "
-    "ScalarType dtype, str normalization, Tensor? norm_weight, Tensor? norm_bias, float epsilon) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+for _name in ("native_residual_step", "triton_residual_step"):
+    _library.define(
+        # stream: int32 with scale and flag, else of `dtype`. normalization: by rows of the last dimension.
+        # -> value (empty for floating-point streams), normed, mean and rstd (empty without normalization).
+        f"{_name}(Tensor(a!) stream, Tensor? delta, int sign, Tensor? scale, Tensor(b!)? flag, "
+        "ScalarType dtype, str normalization, Tensor? norm_weight, Tensor? norm_bias, float epsilon) "
+        "-> (Tensor, Tensor, Tensor, Tensor)",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
 
 
 def _cpu(
@@ -93,5 +95,14 @@ def _fake(
     return allocate(stream, dtype, normalization)
 
 
+def _triton(*arguments: Any) -> tuple[Tensor, ...]:
+    from reformer_kernels.ops.residual import triton_kernels  # here, because importing triton takes a while
+
+    return triton_kernels.residual_step(*arguments)
+
+
 _library.impl("native_residual_step", _cpu, "CPU")
-torch.library.register_fake("reformer_kernels::native_residual_step", _fake, lib=_library)
+for _device in ("CUDA", "CPU"):  # the CPU's is Triton's interpreter
+    _library.impl("triton_residual_step", _triton, _device)
+for _name in ("native_residual_step", "triton_residual_step"):
+    torch.library.register_fake(f"reformer_kernels::{_name}", _fake, lib=_library)

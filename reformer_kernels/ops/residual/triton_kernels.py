@@ -1,14 +1,12 @@
-"""Residual steps on the GPU: the operator `torch.ops.reformer_kernels.triton_residual_step`.
+"""Residual steps on the GPU: the same pass as csrc/cpu/residual.cpp.
 
-The same pass as csrc/cpu/residual.cpp, of the same schema as `native_residual_step`. A program takes one row
-where rows are normalised, else `BLOCK` elements. The only value that two programs may write is the flag, to
-which all write 1.
+A program takes one row where rows are normalised, else `BLOCK` elements. The only value that two programs may
+write is the flag, to which all write 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import triton
@@ -18,6 +16,7 @@ from torch import Tensor
 from reformer_kernels.ops.residual.checks import NORMALIZATIONS, allocate, check
 from reformer_kernels.ops.specialization import TRITON_TYPES, Specialization
 from reformer_kernels.ops.tiles import Tile
+from reformer_kernels.ops.triton_tools import on_device
 
 BLOCK = 1024
 
@@ -94,16 +93,6 @@ def residual_step_kernel(  # type: ignore[no-untyped-def]
         tl.store(rstd + row, scale_of_row)
 
 
-_library = torch.library.Library("reformer_kernels", "FRAGMENT")
-_library.define(
-    # See native_residual_step.
-    "triton_residual_step(Tensor(a!) stream, Tensor? delta, int sign, Tensor? scale, Tensor(b!)? flag, "
-    "ScalarType dtype, str normalization, Tensor? norm_weight, Tensor? norm_bias, float epsilon) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
 def residual_step(
     stream: Tensor,
     delta: Tensor | None,
@@ -126,47 +115,30 @@ def residual_step(
     width = BLOCK if normalization == "none" else stream.shape[-1]
     unused = stream
     delta = None if delta is None else delta.contiguous()
-    residual_step_kernel[(triton.cdiv(stream.numel(), width),)](
-        stream,
-        unused if delta is None else delta,
-        value,
-        normed,
-        mean,
-        rstd,
-        unused if norm_weight is None else norm_weight.contiguous(),
-        unused if norm_bias is None else norm_bias.contiguous(),
-        unused if scale is None else scale,
-        unused if flag is None else flag,
-        stream.numel(),
-        width,
-        epsilon,
-        SIGN=sign,
-        FIXED=stream.dtype == torch.int32,
-        HAS_DELTA=delta is not None,
-        NORM=NORMALIZATIONS.index(normalization),
-        HAS_WEIGHT=norm_weight is not None,
-        HAS_BIAS=norm_bias is not None,
-        BLOCK=triton.next_power_of_2(width),
-    )
+    with on_device(stream):
+        residual_step_kernel[(triton.cdiv(stream.numel(), width),)](
+            stream,
+            unused if delta is None else delta,
+            value,
+            normed,
+            mean,
+            rstd,
+            unused if norm_weight is None else norm_weight.contiguous(),
+            unused if norm_bias is None else norm_bias.contiguous(),
+            unused if scale is None else scale,
+            unused if flag is None else flag,
+            stream.numel(),
+            width,
+            epsilon,
+            SIGN=sign,
+            FIXED=stream.dtype == torch.int32,
+            HAS_DELTA=delta is not None,
+            NORM=NORMALIZATIONS.index(normalization),
+            HAS_WEIGHT=norm_weight is not None,
+            HAS_BIAS=norm_bias is not None,
+            BLOCK=triton.next_power_of_2(width),
+        )
     return results
-
-
-def _fake(
-    stream: Tensor,
-    delta: Tensor | None,
-    sign: int,
-    scale: Tensor | None,
-    flag: Tensor | None,
-    dtype: torch.dtype,
-    normalization: str,
-    *norm: Any,
-) -> tuple[Tensor, ...]:
-    check(stream, delta, sign, scale, flag, dtype, normalization)
-    return allocate(stream, dtype, normalization)
-
-
-_library.impl("triton_residual_step", residual_step, "CUDA")
-torch.library.register_fake("reformer_kernels::triton_residual_step", _fake, lib=_library)
 
 
 def specializations(
