@@ -6,9 +6,9 @@ ValueError for wrong shapes and values, TypeError for wrong types and dtypes, Ru
 cannot run. Under `torch.autocast` they cast q, k, v to the autocast dtype, as
 `torch.nn.functional.scaled_dot_product_attention` does.
 
-`backend`: "auto" takes the reference for float64, else the native kernels on the CPU and the Triton kernels on
-CUDA and ROCm devices; a back end asked for by name runs or raises. `torch.compile(fullgraph=True)` traces all
-functions; the kernels' operators keep L symbolic, while the reference is specialised to each L.
+`backend`: "auto" takes the reference for float64, else the native kernels on the CPU and the Triton kernels
+on CUDA and ROCm devices; a back end asked for by name runs or raises. `torch.compile(fullgraph=True)` traces
+all functions; the kernels' operators keep L symbolic, while the reference is specialised to each L.
 
 On CUDA tensors nothing waits for the device, and with rotations and seed on it (or a layout) a call can be
 captured in a CUDA graph.
