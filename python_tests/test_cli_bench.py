@@ -296,3 +296,19 @@ def test_every_peer_names_its_package() -> None:
         "pip install transformers",
         "pip install reformer-pytorch",
     }
+
+
+def test_cross_attention_is_checked_against_full_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    for causal in ("--causal", "--no-causal"):
+        result = invoke("bench", "cross", *QUICK, causal)
+        assert result.exit_code == 0
+        assert "lsh_cross_attention" in result.output and "torch SDPA (L = 256, 2 rounds): agrees" in plain(
+            result.output
+        )
+    attend = functional.lsh_cross_attention
+
+    def wrong(q: torch.Tensor, k: torch.Tensor, *rest: object, **options: object) -> object:
+        return attend(q, 1.1 * k, *rest, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(functional, "lsh_cross_attention", wrong)
+    assert invoke("bench", "cross", *QUICK).exit_code == 1

@@ -33,6 +33,10 @@ SEES_ONLY_ITSELF = -1e4
 costs float32 0.2-0.35 %; ours is exact. They are left out."""
 
 
+CROSS_LENGTH = 512
+"""Tokens at which attention over separate keys is compared with full attention."""
+
+
 @dataclass(frozen=True)
 class Agreement:
     """The outcome of one comparison."""
@@ -118,6 +122,17 @@ def _check_outputs(title: str, problem: Problem, ours: Tensor, theirs: Tensor, l
     error = float(difference / theirs.double().abs().max())
     limit = TOLERANCE[problem.dtype]
     return Agreement(title, "largest output difference", error, limit, error <= limit)
+
+
+def check_cross(problem: Problem) -> Agreement:
+    """The call with one window over all keys, which is full attention, against torch's, on short tensors."""
+    length = min(problem.length, CROSS_LENGTH)
+    q, v = make_inputs(dataclasses.replace(problem, length=length))
+    config = dataclasses.replace(problem.config("paper"), bucket_window=length)
+    with torch.no_grad():
+        ours, lse = functional.lsh_cross_attention(q, v, q, config, backend=problem.backend, return_lse=True)
+        theirs = torch.nn.functional.scaled_dot_product_attention(q, v, q, is_causal=problem.causal)
+    return _check_outputs("torch SDPA", problem, ours, theirs, lse)
 
 
 def check_sort(problem: Problem, ours: Tensor, theirs: Tensor) -> Agreement:

@@ -66,8 +66,9 @@ def bench(
     operation: Annotated[
         str,
         typer.Argument(
-            metavar="[hash|sort|attention|lsh|reversible|ffn|loss|memory|model|huggingface|mha|encoder]",
-            help="What to time; lsh is the whole call. From reversible on, they take --dtype, --device, "
+            metavar="[hash|sort|attention|lsh|cross|reversible|ffn|loss|memory|model|huggingface|mha|encoder]",
+            help="What to time; lsh is the whole call, cross that of separate q and k. "
+            "From reversible on, they take --dtype, --device, "
             "--threads, --budget, --repeats, --json and --png.",
         ),
     ] = "lsh",
@@ -282,6 +283,8 @@ def _run_length(
 
 def _checks(settings: Settings, problem: Problem, report: Report) -> list[agreement.Agreement]:
     found: list[agreement.Agreement] = []
+    if settings.operation == "cross":
+        found.append(agreement.check_cross(problem))
     for key in settings.compare:
         if PEERS[key].preset is not None:
             try:
@@ -298,7 +301,7 @@ def _refuse_too_large(settings: Settings, key: str, problem: Problem, report: Re
     Raises:
         PeerRefusesError: with the prediction.
     """
-    if settings.operation not in ("lsh", "attention"):
+    if settings.operation not in ("lsh", "attention", "cross"):
         return
     if key in FULL_ATTENTION:
         work = full_attention_work(problem)

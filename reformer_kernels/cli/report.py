@@ -189,16 +189,17 @@ class Report:
             f"median: time of one call{clock}. n: samples. memory: the most that a call holds beyond its "
             "inputs, outputs and gradients.",
         ]
-        if self.settings.operation in ("lsh", "attention"):
+        if self.settings.operation in ("lsh", "attention", "cross"):
             notes.append(
                 "GFLOP/s: of the products of all query-key pairs in the tiles, masked or not (SDPA: half of "
                 "L x L where causal). vs: how many times as long the other takes."
             )
+        if self.settings.operation in ("lsh", "attention"):
             notes.append(
                 "trax() attends as Hugging Face does; paper() adds the bucket mask and the duplicate "
                 "correction; window=bucket replaces chunks by the nearest keys in the bucket."
             )
-        else:
+        elif self.settings.operation != "cross":
             notes.append("vs: how many times as long the other takes.")
         notes += [
             ("[green]ok[/] " if check.ok else "[bold red]FAILED[/] ") + str(check) for check in self.checks

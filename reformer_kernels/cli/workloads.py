@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,13 +23,14 @@ from reformer_kernels.cli.problem import (
 )
 from reformer_kernels.cli.timing import Case, Seconds, between, mark
 
-OPERATIONS = ("hash", "sort", "attention", "lsh")
+OPERATIONS = ("hash", "sort", "attention", "lsh", "cross")
 
 OURS = {
     "hash": ("lsh_hash",),
     "sort": ("bucket_sort",),
     "attention": ("trax()", "paper()", "window=bucket"),
     "lsh": ("trax()", "paper()", "window=bucket"),
+    "cross": ("lsh_cross_attention",),
 }
 PRESETS = {"trax()": "trax", "paper()": "paper", "window=bucket": "bucket"}
 
@@ -37,6 +39,7 @@ PEER_ROWS = {
     "sort": {"torch": "torch.sort(stable)"},
     "attention": {**FULL_ATTENTION, "hf": "Hugging Face"},
     "lsh": {**FULL_ATTENTION, "hf": "Hugging Face", "lucidrains": "reformer_pytorch"},
+    "cross": dict(FULL_ATTENTION),
 }
 """Which peers have the operation, by key. reformer_pytorch has no call that takes buckets as given."""
 
@@ -139,6 +142,22 @@ def _build_lsh(name: str, problem: Problem) -> Workload:
     raise KeyError(name)
 
 
+def _build_cross(name: str, problem: Problem) -> Workload:
+    q, v = make_inputs(problem)
+    if name in FULL_ATTENTION.values():
+        return _full_attention(name, problem, q, v)
+    if name != "lsh_cross_attention":
+        raise KeyError(name)
+    k = random_rows(problem, torch.Generator().manual_seed(SEED + 1))
+    config = problem.config("paper")
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return functional.lsh_cross_attention(q, k, v, config, seed=SEED, backend=problem.backend)
+
+    work = attention_work(problem, problem.config("bucket"))
+    return Workload(name, problem, dataclasses.replace(work, forward_bytes=None), (q, k, v), ours)
+
+
 def _full_attention(name: str, problem: Problem, q: Tensor, v: Tensor) -> Workload:
     k = random_rows(problem, torch.Generator().manual_seed(SEED + 1))
     work = full_attention_work(problem)
@@ -217,4 +236,5 @@ _BUILDERS: dict[str, Callable[[str, Problem], Workload]] = {
     "sort": _build_sort,
     "attention": _build_attention,
     "lsh": _build_lsh,
+    "cross": _build_cross,
 }
