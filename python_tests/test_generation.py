@@ -13,7 +13,7 @@ from torch import Tensor
 from reformer_kernels import LSHConfig, ReformerConfig, ReformerLM
 from reformer_kernels import functional as F
 from reformer_kernels.modules import LocalSelfAttention, LSHSelfAttention, decoding
-from reformer_kernels.modules.generation import Decoder, choose
+from reformer_kernels.modules.generation import Decoder, beam_search, choose
 
 from .helpers import assert_close, normal, padding_mask
 
@@ -56,7 +56,10 @@ def _often_merged(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.float64, {"positions": "rotary", "rotary_hashing": "before", "residual": "plain"}),
         (torch.float64, {"lsh": dataclasses.replace(BUCKET, bucket_window=2, correct_duplicates=False)}),
         (torch.float64, {"lsh": LSHConfig.lucidrains(window="bucket", bucket_factors=(2, 4))}),
-        (torch.float64, {"residual": "exact", "local_chunks_before": 0, "attention_bias": True}),
+        (
+            torch.float64,
+            {"residual": "exact", "dropout": 0.3, "attention_dropout": 0.3},
+        ),
     ],
 )
 def test_cached_logits_equal_the_model_s_own(dtype: torch.dtype, options: dict[str, Any]) -> None:
@@ -274,6 +277,36 @@ def test_wide_beams_find_the_best_continuation() -> None:
     narrow, greedy = model.generate(prompts, 12, beams=3), model.generate(prompts, 12)
     for prompt, a, b in zip(prompts, narrow, greedy, strict=True):
         assert log_chance(prompt, tuple(a.tolist())) >= log_chance(prompt, tuple(b.tolist())) - 1e-9
+
+
+class Script:
+    """Stands for a `Decoder` whose logits depend on the tokens so far alone."""
+
+    def __init__(self, chances: dict[tuple[int, ...], list[float]]) -> None:
+        self.chances = chances
+        self.rows: list[tuple[int, ...]] = [()]
+
+    def logits(self) -> Tensor:
+        uniform = [1 / 3] * 3
+        return torch.tensor([self.chances.get(row, uniform) for row in self.rows]).log()
+
+    def select(self, rows: Tensor) -> None:
+        self.rows = [self.rows[row] for row in rows.tolist()]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.rows = [(*row, token) for row, token in zip(self.rows, tokens.tolist(), strict=True)]
+        return self.logits()
+
+
+def test_beams_run_on_while_they_can_become_better() -> None:
+    """Two hypotheses end early, yet the one that still runs wins by its length."""
+    chances = {(): [0.6, 0.1, 0.3], (0,): [0.79, 0.01, 0.2], (0, 0): [0.005, 0.005, 0.99]}
+    for penalty, best in ((1.0, [0, 0, 2]), (0.0, [0, 0, 2]), (3.0, [0, 0, 2])):
+        script: Any = Script(chances)
+        (found,) = beam_search(script, script.logits(), 5, 2, penalty, {2})
+        assert found.tolist() == best
+    script = Script({**chances, (0,): [0.01, 0.01, 0.98]})
+    assert beam_search(script, script.logits(), 5, 2, 1.0, {2})[0].tolist() == [0, 2]
 
 
 def test_wrong_use_is_told() -> None:

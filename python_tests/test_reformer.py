@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reformer_kernels import LSHConfig, Reformer, ReformerConfig, ReformerLM
-from reformer_kernels.modules import LSHSelfAttention
+from reformer_kernels import LSHConfig, Reformer, ReformerConfig, ReformerLM, functional
+from reformer_kernels.modules import LocalSelfAttention, LSHSelfAttention, RotaryPositions
 
 from .helpers import assert_close, normal, padding_mask
 
@@ -127,10 +127,17 @@ def test_padded_rows_equal_rows_alone(positions: Any, causal: bool) -> None:
         call = {"bucket_length": 40}
         together = model(tokens, key_padding_mask=mask, **call)
         for row, length in enumerate(lengths):
-            alone = model(tokens[row][~mask[row]][None], **call)
-            assert alone.shape[1] == length
-            assert_close(together[row][~mask[row]], alone[0])
+            one = model(tokens[row][~mask[row]][None], **call)
+            assert one.shape[1] == length
+            assert_close(together[row][~mask[row]], one[0])
         # The loss counts real targets alone, and nothing that padding holds.
+        alone = [model(tokens[row][~mask[row]][None], **call)[0] for row in range(3)]
+        if causal:  # each row's last token has nothing to predict
+            pairs = [(out[:-1], tokens[row][~mask[row]][1:]) for row, out in enumerate(alone)]
+        else:
+            pairs = [(out, tokens[row][~mask[row]]) for row, out in enumerate(alone)]
+        expected = F.cross_entropy(torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs]))
+        assert_close(model(tokens, labels=tokens, key_padding_mask=mask, **call), expected)
         changed = tokens.masked_fill(mask, 29)
         for one, other in ((tokens, changed), (changed, tokens)):
             loss = model(one, labels=other, key_padding_mask=mask, **call)
@@ -148,6 +155,35 @@ def test_position_ids_and_padding_go_together() -> None:
     assert not torch.allclose(moved, model(tokens))
     with pytest.raises(ValueError, match="position_ids must be"):
         model(tokens, position_ids=own[:5])
+
+
+@pytest.mark.parametrize("hashing", ["before", "after"])
+def test_rotary_positions_turn_what_is_compared_and_by_choice_what_is_hashed(hashing: Any) -> None:
+    config = dataclasses.replace(LSH, causal=True)
+    rotary = RotaryPositions(8, hashing=hashing)
+    layer = LSHSelfAttention(16, 2, config, rotary=rotary, seed=3).double().eval()
+    local = LocalSelfAttention(16, 2, chunk_length=8, causal=True, rotary=rotary).double().eval()
+    x, positions = normal(2, 60, 16), torch.arange(60) * 3 + 5
+    assert rotary.hashing == hashing
+
+    def heads(y: Tensor) -> Tensor:
+        return y.unflatten(-1, (2, 8)).transpose(1, 2)
+
+    qk, v = heads(layer.query_key(x)), heads(layer.value(x))
+    turned = rotary(qk, positions)
+    layout = functional.lsh_layout(turned if hashing == "before" else qk, config, seed=3)
+    other = functional.lsh_layout(qk if hashing == "before" else turned, config, seed=3)
+    assert not torch.equal(layout.order, other.order)
+    expected = functional.attend(turned, v, layout, config).transpose(1, 2).flatten(2)
+    assert_close(layer(x, positions=positions), layer.output(expected))
+    q, k, v = (heads(part(x)) for part in (local.query, local.key, local.value))
+    q, k = rotary(q, positions), rotary(k, positions)
+    expected = functional.local_attention(q, k, v, chunk_length=8, causal=True).transpose(1, 2).flatten(2)
+    assert_close(local(x, positions=positions), local.output(expected))
+    # A model hands its position ids on.
+    model, tokens = lm(small(positions="rotary", rotary_hashing=hashing)).eval(), tokens_of(1, 60)
+    assert not torch.allclose(model(tokens, position_ids=positions), model(tokens))
+    assert_close(model(tokens, position_ids=torch.arange(60)), model(tokens))
 
 
 def test_embeddings_in_place_of_tokens() -> None:

@@ -26,20 +26,24 @@ def byte_model(
     seq_len: int,
     backend: str = "auto",
 ) -> ReformerLM:
-    """A reversible `ReformerLM` of bytes, whose first guess is that all bytes are alike: 8 bits per byte.
+    """A reversible `ReformerLM` of bytes, local and LSH layers in turns.
+
+    Its first guess is that all bytes are alike: 8 bits per byte.
 
     Windows within the buckets of `seq_len` bytes do not move when text is appended: training, evaluation and
     sampling then see the same keys. The loss and the feed-forward layers are chunked, so that memory grows
     neither with depth nor with d_ff.
     """
-    kind: LayerKind = "lsh"
+    # Local layers for what is near, LSH layers for what is alike; the last is an LSH layer.
+    kinds: tuple[LayerKind, LayerKind] = ("lsh", "local")
     config = ReformerConfig(
         vocab_size=VOCABULARY,
         d_model=dim,
-        layers=(kind,) * layers,
+        layers=tuple(kinds[(layers - 1 - number) % 2] for number in range(layers)),
         n_heads=heads,
         causal=True,
         lsh=LSHConfig.paper(n_hashes=n_hashes, chunk_length=chunk_length, window="bucket"),
+        local_chunk_length=chunk_length,
         positions="none",
         bucket_length=seq_len,
         token_context=CONTEXT,

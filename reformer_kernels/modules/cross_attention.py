@@ -97,7 +97,7 @@ class CrossAttention(_Attention):
         seen = None
         if mask is not None:
             none = mask.all(1)[:, None, None, None]  # [B, 1, 1, 1]
-            seen = ~mask[:, None, None, :] | none  # a softmax over nothing would be NaN
+            seen = ~mask[:, None, None, :] | none  # not every kernel of torch spares a softmax over nothing
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=self._dropout_p())
         return out if mask is None else out.masked_fill(none, 0)
 
