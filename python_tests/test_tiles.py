@@ -134,13 +134,13 @@ def test_search_walks_to_the_best_neighbour_and_records_spills(monkeypatch: pyte
     monkeypatch.setattr(tile_search, "judge", judge)
     monkeypatch.setattr(tile_search, "_most_spilled", lambda *key: 0)
     monkeypatch.setattr(tile_search, "_describe", lambda judged: "as judged")
-    row = tile_search.search("lsh_hash", "sm_90", 16, 64, evaluations=40, say=said.append)
+    row = tile_search.search("some_kernel", "sm_90", 16, 64, evaluations=40, say=said.append)
     assert (row.tile.rows, row.tile.warps, row.tile.stages, row.spill_bytes) == (128, 4, 1, 0)
-    assert row.key == ("lsh_hash", "sm_90", 16, 64)
+    assert row.key == ("some_kernel", "sm_90", 16, 64)
     assert any("out of resources" in line for line in said)
     # So few compilations do not get there, and a start that is at fault is no answer.
-    few = tile_search.search("lsh_hash", "sm_90", 16, 64, evaluations=2, say=said.append)
+    few = tile_search.search("some_kernel", "sm_90", 16, 64, evaluations=2, say=said.append)
     assert few.tile != row.tile
     monkeypatch.setattr(tile_search.tiles, "tile", lambda *a, **k: Tile(128, 64, 64, 2, 1))
-    with pytest.raises(RuntimeError, match="no tile of 1 suits lsh_hash on sm_90"):
-        tile_search.search("lsh_hash", "sm_90", 16, 64, evaluations=1, say=said.append)
+    with pytest.raises(RuntimeError, match="no tile of 1 suits some_kernel on sm_90"):
+        tile_search.search("some_kernel", "sm_90", 16, 64, evaluations=1, say=said.append)
