@@ -35,9 +35,9 @@ def from_pretrained(
     with these differences: the language model's logits include `lm_head.bias`; any length works without
     padding by the caller; with a padding mask, positions count tokens alone (transformers' own positions are
     `position_ids=torch.arange(L)`); in evaluation the rotations are fixed by `hash_seed` (0 where it is
-    null); where `num_buckets` is null, buckets are those of `max_position_embeddings` tokens for a causal model
-    and of each call's length for others (transformers: of the first call's); dropout of the feed-forward
-    layer comes after the activation.
+    null); where `num_buckets` is null, buckets are those of `max_position_embeddings` tokens for a causal
+    model and of each call's length for others (transformers: of the first call's); dropout of the
+    feed-forward layer comes after the activation.
 
     Args:
         path: the folder.
