@@ -21,8 +21,37 @@ SCRIPT = ROOT / "bench" / "validate_gpu.py"
 sys.path.append(str(ROOT / "bench"))
 from validation.context import Context, attempt  # noqa: E402
 from validation.results import Results, StepResult  # noqa: E402
-from validation.steps import Step  # noqa: E402
+from validation.steps import STEPS, Step  # noqa: E402
 from validation.timings import target_rows  # noqa: E402
+
+
+def test_dry_run_goes_through_every_step(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--dry-run", "--output", str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    document = json.loads((tmp_path / "dry-run.json").read_text())
+    assert list(document["steps"]) == [step.name for step in STEPS]
+    for name, step in document["steps"].items():
+        assert step["status"] == "done" and step["rows"], name
+    assert all(target["ok"] is None for target in document["targets"])  # a dry run meets none
+    errors = document["steps"]["correctness"]["rows"][0]
+    assert 0 < errors["dv"] <= errors["limit"]
+    timed = document["steps"]["headline"]["rows"][0]
+    assert timed["eager_us"] > 0 and timed["floor_us_predicted"] > 0
+    assert "compute-sanitizer" in document["steps"]["sanitizer"]["rows"][0]["check"]
+    assert "skipped" in document["steps"]["tests"]["rows"][0]["says"] or torch.cuda.is_available()
+    text = (tmp_path / "dry-run.md").read_text()
+    assert "No figure here is a GPU's" in text and "FAILED" not in text
+    assert all(f"## {step.name[0].upper()}{step.name[1:]}" in text for step in STEPS)
+    tiles = json.loads((tmp_path / "dry-run-tiles.json").read_text())
+    assert tiles["tiles"][0]["architecture"] == "interpreter"
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from reformer_kernels.ops.tiles import Tile
 
-OPERATIONS = ("hash", "residual")
+OPERATIONS = ("attention", "hash", "residual")
 """Folders of `ops/` that have Triton kernels."""
 
 OPTIONS = ("off", "all")

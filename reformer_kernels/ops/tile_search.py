@@ -72,7 +72,6 @@ def predicted(kernel: str, tile: Tile, inspected: Inspected, bits: int, head_dim
     else:
         steps = -(-ROTATION_COLUMNS // tile.keys)
         products, gathered = steps * tile.keys, steps * tile.keys * D * 4
-    steps *= -(-D // tile.dims)
     slowest = max(
         2.0 * D * products / _matmul(rates, bits),
         (gathered / tile.rows + 3 * D * element) / (CACHE_RATE * rates.copy),
