@@ -74,6 +74,7 @@ def specializations(
             options=options,
             divisible=tuple(name for name in names if name in pointers),
             multiplies=chosen is not None and (dtype != torch.float32 or values["PRECISION"] == "tf32"),
+            gathers=any(name in _ROWS for name in names),
         )
 
     found = []
