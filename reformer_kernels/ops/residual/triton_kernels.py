@@ -179,5 +179,6 @@ def specializations(
             options=options,
             divisible=("stream", "delta", "value", "normed", "weight", "bias", "elements", "width"),
             multiplies=False,
+            gathers=False,  # rows lie one after the other, so that any width fills whole lines
         )
     ]
