@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+# Read when torch loads OpenMP: test processes share the cores, so waiting threads must not spin on them.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from collections.abc import Iterator
 from typing import Any
 

@@ -198,7 +198,7 @@ def test_machine_code_does_not_spill() -> None:
     objects = sorted(BUILD.glob("CMakeFiles/kernels_cuda.dir/**/bucket_sort.cu.o"))
     if not cuda["built"] or not objects:
         pytest.skip(f"no CUDA object of the sort: {cuda['reason'] or 'no build tree'}")
-    disassembler = machine_code._disassembler()
+    disassembler = machine_code.disassembler()
     usage, assembly = (
         output_of(str(disassembler), option, str(objects[0])) for option in ("-res-usage", "-sass")
     )
