@@ -83,7 +83,7 @@ def make_cross_layout(
     if rotations is None:
         rotations = draw_rotations(config, k, seed)
     if not config.causal:
-        q, k = _centred(q, None), _centred(k, mask)
+        k = _centred(k, mask)
     span = cross_span(config)
     return (
         _sorted_by_hash(q, config, rotations, span, L_k, None, backend),

@@ -46,10 +46,10 @@ def lsh_cross_layout(
 ) -> LayoutPair:
     """Hash and sort queries and keys with the same rotations: the first half of `lsh_cross_attention`.
 
-    Unless config.causal, the mean query is subtracted from the queries, and the mean key (without padding)
-    from the keys, before they are hashed: keys may share a large part, which moves all logits of a query
-    alike, but leaves few buckets to tell them apart. A causal layout may not depend on later tokens, so there
-    tokens are hashed as they are. Lengths of vectors do not matter to the hash, angles alone do.
+    Unless config.causal, the mean key (without padding) is subtracted from the keys before they are hashed:
+    keys may share a large part, which moves all logits of a query alike, but leaves few buckets to tell them
+    apart. A causal layout may not depend on later tokens, so there keys are hashed as they are, as queries
+    always are: no query's place may depend on another query. Angles alone matter to the hash.
 
     q (B, H, L_q, D); k (B, H, L_k, D); rotations (H or 1, D, n_hashes, config.rotation_width) float32, else
     drawn from `seed`; key_padding_mask (B, L_k) bool, True = padding, or float, -inf = padding.
