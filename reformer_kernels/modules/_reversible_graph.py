@@ -100,14 +100,14 @@ class Run:
         # For each block, the structure of what it returned besides residuals, and what of that is no tensor
         # (see `fill_tensors`).
         self.auxiliary: list[tuple[Any, list[Any]]] = []
-        self._hold: Any = None
+        self._hold: Tensor | None = None  # its node saves the last streams; torch 2.6 frees that without it
         self._released = False
         self._slot: tuple[int, int, Streams] | None = None  # (graph task, level, the streams at that level)
 
     def hold(self, saved: Sequence[Tensor]) -> None:
         self.streams = None
         with torch.enable_grad():
-            self._hold = _Hold.apply(torch.zeros((), requires_grad=True), *saved).grad_fn
+            self._hold = _Hold.apply(torch.zeros((), requires_grad=True), *saved)
 
     def drop_slot(self) -> None:
         self._slot = None
@@ -137,7 +137,9 @@ class Run:
                 "Trying to backward through a ReversibleSequence a second time, after its saved outputs were "
                 "freed: give the first backward retain_graph=True"
             )
-        saved = self._hold.saved_tensors
+        assert self._hold is not None  # made by the forward pass, dropped only when released
+        node: Any = self._hold.grad_fn
+        saved = node.saved_tensors
         if not _graph_is_kept():
             # What autograd does for its own nodes; this node is not on the graph, so it is up to us.
             self._hold, self._released = None, True
