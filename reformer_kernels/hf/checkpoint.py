@@ -90,7 +90,7 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ImportError: the safetensors package is not installed.
     """
     values = conversion.config_to(model)
-    parameters = {name: value.contiguous() for name, value in conversion.state_dict(model).items()}
+    parameters = {name: value.clone() for name, value in conversion.state_dict(model).items()}
     dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
     safetensors = _safetensors()
     folder = Path(path)

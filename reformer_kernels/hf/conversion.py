@@ -235,6 +235,8 @@ def check_expressible(model: nn.Module) -> None:
 
 # Parameters
 
+HEAD_BIAS, DECODER_BIAS = "lm_head.bias", "lm_head.decoder.bias"
+
 _CONSTANTS = re.compile(r"\.self_attention\.(self_)?mask_value_float(16|32)$")
 """Buffers of old checkpoints that hold the values of masked logits."""
 
@@ -297,7 +299,7 @@ def _names(model: nn.Module, axes: int) -> Iterator[tuple[str, str]]:
     yield from body("encoder.layer_norm", "norm", *both)
     if isinstance(model, ReformerLM):
         yield "lm_head.decoder.weight", "head.weight"
-        yield "lm_head.bias", "head.bias"
+        yield HEAD_BIAS, "head.bias"
     elif isinstance(model, ReformerClassifier):
         yield from head("classifier.dense", "dense")
         yield from head("classifier.out_proj", "out")
@@ -313,16 +315,22 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
         ValueError: transformers cannot express the model; all reasons are listed.
     """
     check_expressible(model)
-    return {name: place.ours.detach().view(place.shape) for name, place in places(model).items()}
+    values = {name: place.ours.detach().view(place.shape) for name, place in places(model).items()}
+    if HEAD_BIAS in values:
+        values[DECODER_BIAS] = values[HEAD_BIAS]  # the one that versions from 5.24 on add to their logits
+    return values
 
 
 def load_state_dict(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Copy a transformers Reformer's state dict into one of our models.
 
-    Names of old versions are understood: `lm_head.decoder.bias` is `lm_head.bias`, constants such as
-    `mask_value_float32` are left out. For a `Reformer`, "reformer." may stand before its names or not.
-    `lm_head.bias` is used, which transformers loads and then leaves out of its logits. Values take the
-    model's dtype and device. With an error the model stays as it was.
+    Names of old versions are understood; constants such as `mask_value_float32` are left out. For a
+    `Reformer`, "reformer." may stand before its names or not. Values take the model's dtype and device. With
+    an error the model stays as it was.
+
+    `lm_head.bias` is used, which transformers loads and then leaves out of its logits. `lm_head.decoder.bias`
+    is another name of it in versions 3 and 4, which write the same values under both, and a parameter of its
+    own from 5.24 on, which counts in the logits: where the two differ, their sum is used.
 
     Args:
         model: a `Reformer`, `ReformerLM`, `ReformerClassifier` or `ReformerQuestionAnswering` of the
@@ -359,9 +367,13 @@ def _current_names(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, 
             raise TypeError(f"a state dict holds tensors, got {type(value).__name__} as {name}")
         if not _CONSTANTS.search(name):
             given[name] = value
-    old = given.pop("lm_head.decoder.bias", None)
-    if old is not None and not torch.equal(given.setdefault("lm_head.bias", old), old):
-        raise ValueError("lm_head.bias and lm_head.decoder.bias, which is its old name, differ; drop one")
+    second = given.pop(DECODER_BIAS, None)
+    if second is not None:
+        first = given.setdefault(HEAD_BIAS, second)
+        if second.shape != first.shape or not second.is_floating_point():
+            given[DECODER_BIAS] = second  # to be told
+        elif first.is_floating_point() and not torch.equal(first, second):
+            given[HEAD_BIAS] = first + second
     if isinstance(model, Reformer):
         return {name.removeprefix("reformer."): value for name, value in given.items()}
     return given
