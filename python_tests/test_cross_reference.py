@@ -228,3 +228,14 @@ def test_wrong_arguments(name: str) -> None:
     q, k, v = cross_qkv(B, H, L, L_K, D, D, dtype=torch.float32)
     with pytest.raises(error, match=message):
         F.lsh_cross_attention(**{"q": q, "k": k, "v": v, "config": CONFIG, "seed": 0} | changes)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_place_of_a_query_depends_on_no_other_query(causal: bool) -> None:
+    config = LSHConfig(n_hashes=2, chunk_length=8, causal=causal)
+    q, k = torch.randn(1, 2, 60, 8) + 1, torch.randn(1, 2, 100, 8) + 1
+    changed = torch.cat([q[:, :, :30], 5 * torch.randn(1, 2, 30, 8) - 3], dim=2)
+    orders = [F.lsh_cross_layout(x, k, config, seed=0)[0].order for x in (q, changed)]
+    # The first half's places among one another.
+    first, second = (order[order < 30].view(1, 2, 2, 30) for order in orders)
+    assert torch.equal(first, second) and not torch.equal(*orders)

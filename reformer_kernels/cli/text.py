@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 HELD_OUT_SHARE = 0.05
-LEAST_HELD_OUT_WINDOWS = 1
 LIBRARY_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 FILE_ORDER_SEED = 0
 

@@ -79,7 +79,9 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write one of our models as a checkpoint folder that transformers loads: config.json, model.safetensors.
 
     What our configuration does not hold (the numbers of special tokens, names of labels) is written as it was
-    read, for a model that `from_pretrained` made. transformers leaves `lm_head.bias` out of its logits.
+    read, for a model that `from_pretrained` made. The head's bias is written under both of its names:
+    transformers before 5.24 reports `lm_head.decoder.bias` as unexpected and leaves the bias out of its
+    logits.
 
     Args:
         model: a `Reformer`, `ReformerLM`, `ReformerClassifier` or `ReformerQuestionAnswering`.

@@ -329,8 +329,8 @@ def load_state_dict(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     an error the model stays as it was.
 
     `lm_head.bias` is used, which transformers loads and then leaves out of its logits. `lm_head.decoder.bias`
-    is another name of it in versions 3 and 4, which write the same values under both, and a parameter of its
-    own from 5.24 on, which counts in the logits: where the two differ, their sum is used.
+    is another name of it in old checkpoints, and from 5.24 on a parameter of its own, which counts in the
+    logits: where both are given and differ, their sum is used.
 
     Args:
         model: a `Reformer`, `ReformerLM`, `ReformerClassifier` or `ReformerQuestionAnswering` of the
