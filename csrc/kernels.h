@@ -15,9 +15,10 @@ enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 // Results of a call that checks its input as it runs; bindings.cpp turns them into exceptions.
 enum class Status : int32_t {
   kOk = 0,
-  kBadOrder = 1,   // an order is not a permutation of its positions
-  kBadStarts = 2,  // bucket starts do not rise from 0 to L
-  kUnsorted = 3,   // positions do not rise within a bucket, where the kernels rely on it
+  kBadOrder = 1,      // an order is not a permutation of its positions
+  kBadStarts = 2,     // bucket starts do not rise from 0 to L
+  kUnsorted = 3,      // positions do not rise within a bucket, where the kernels rely on it
+  kTooManyCodes = 4,  // too many buckets and too wide a window to count duplicates in 32 bits
 };
 
 // A (B, H, L, D) array with a contiguous last dimension.

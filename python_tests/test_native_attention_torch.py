@@ -374,6 +374,25 @@ def test_unsorted_buckets_are_refused(window: Any) -> None:
     assert_close(out, F.attend(q.double(), v.double(), layout, config))
 
 
+def test_more_codes_than_duplicates_can_be_counted_in_are_refused() -> None:
+    """One large bucket and as many of one token each: window times buckets passes 2^32."""
+    size = 66000
+    config = LSHConfig(n_hashes=2, window="bucket", bucket_window=size, bucket_factors=(2,), causal=True)
+    q, _, v = qkv(1, 1, 2 * size, 1, dtype=torch.float32)
+    order = torch.arange(2 * size, dtype=torch.int32).expand(1, 1, 2, -1).contiguous()
+    starts = torch.cat(
+        [torch.zeros(1, dtype=torch.int32), order[0, 0, 0, size:], order.new_tensor([2 * size])]
+    )
+    layout = Layout(order, starts.expand(1, 1, 2, -1).contiguous())
+    with pytest.raises(ValueError, match="fewer buckets, a smaller window, or backend='reference'"):
+        F.attend(q, v, layout, config, backend="native")
+    for fine in (
+        dataclasses.replace(config, bucket_window=64),
+        dataclasses.replace(config, correct_duplicates=False, bucket_window=64),
+    ):
+        assert F.attend(q, v, layout, fine, backend="native").isfinite().all()
+
+
 WRONG: dict[str, tuple[dict[str, Any], type[Exception] | tuple[type[Exception], ...]]] = {
     "rank of q": ({"q": torch.zeros(2, 40, 8)}, ValueError),
     "double": ({"q": torch.zeros(2, 2, 40, 8).double()}, TypeError),

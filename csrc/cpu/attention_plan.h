@@ -192,18 +192,19 @@ static inline Status check_order(const int32_t* order, const int32_t* starts, in
 // codes[position * R + round], such that key j is in the window of query i in that round exactly if
 // -after <= code_i - code_j <= before: chunk numbers (ranks, for bucket windows; of keys sorted apart, that
 // of the last key not after the query), with a jump wherever a bucket mask parts two tokens. Read only to
-// count the rounds in which a pair meets. Codes may wrap around: a difference is taken modulo 2^32, and spans
-// less than that within a head.
-static inline void write_codes(const AttentionParams& p, const Plan& plan, const Head& head, int64_t round) {
+// count the rounds in which a pair meets. Codes may wrap around, as a difference is taken modulo 2^32; where
+// they span so much of it that it could be mistaken for a smaller one, kTooManyCodes.
+static inline Status write_codes(const AttentionParams& p, const Plan& plan, const Head& head,
+                                 int64_t round) {
   const int32_t* order = head.order + round * p.L;
   const int32_t* starts = head.starts + round * p.starts_size;
   const int32_t* key_order = head.key_order + round * p.Lk;
   const int32_t* key_starts = head.key_starts + round * p.starts_size;
   const bool jumps = plan.inside_bucket || plan.compares_buckets;
   const int64_t around = plan.compares_buckets ? (plan.ring_turns + 1) * p.R * plan.chunks : 0;
-  const uint32_t jump = static_cast<uint32_t>(max_of(plan.before, plan.after) + around) + 1;
-  uint32_t offset = 0;
-  const auto code = [&](int64_t own) { return static_cast<int32_t>(static_cast<uint32_t>(own) + offset); };
+  const int64_t jump = max_of(plan.before, plan.after) + around + 1;
+  int64_t offset = 0;
+  const auto code = [&](int64_t own) { return static_cast<int32_t>(static_cast<uint32_t>(own + offset)); };
   for (int64_t bucket = 0; bucket + 1 < p.starts_size; ++bucket) {
     const int64_t begin = starts[bucket], end = starts[bucket + 1];
     const int64_t key_begin = key_starts[bucket], key_end = key_starts[bucket + 1];
@@ -219,6 +220,8 @@ static inline void write_codes(const AttentionParams& p, const Plan& plan, const
             code(p.rule.bucket_window ? rank : rank / p.rule.chunk_length);
     }
   }
+  const bool meets_again = p.R > 1 || p.rule.ring;
+  return meets_again && offset + p.Lk + jump > INT64_C(1) << 32 ? Status::kTooManyCodes : Status::kOk;
 }
 
 // The cursor of each query of a round, in order of rank: see AttentionParams.
@@ -250,8 +253,7 @@ static inline Status prepare_layout(const AttentionParams& p, const Plan& plan, 
                          p.starts_size, sorted, seen);
   if (status != Status::kOk) return status;
   if (plan.separate) write_cursors(p, head, round);
-  if (head.codes) write_codes(p, plan, head, round);
-  return Status::kOk;
+  return head.codes ? write_codes(p, plan, head, round) : Status::kOk;
 }
 
 // Ranks [first, last) of a round's sorted queries.

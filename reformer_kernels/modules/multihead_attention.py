@@ -19,8 +19,9 @@ from reformer_kernels.modules.attention import MAX_HEAD_DIM, fresh_seed
 
 Fallback = Literal["exact", "raise"]
 
-FULL_ATTENTION_THRESHOLD = 1024
-"""Default `full_attention_threshold` of separate queries and keys."""
+FULL_ATTENTION_THRESHOLD = 512
+"""Default `full_attention_threshold` of separate queries and keys: where LSH attention becomes the faster one
+on a CPU, as `reformer-kernels bench mha` measures it."""
 
 MAX_THRESHOLD = 2**31 - 1
 
@@ -65,7 +66,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             dtype: as in `nn.MultiheadAttention`.
         config: how to hash and attend. Its `causal` must be False: each call says whether it is causal.
             Separate queries and keys do not read all of it, see `functional.lsh_cross_attention`.
-        full_attention_threshold: up to which length full attention is computed; None: 1024, or 0 if
+        full_attention_threshold: up to which length full attention is computed; None: 512, or 0 if
             shared_qk.
         shared_qk: see above.
         seed: of the rotations in evaluation mode.
