@@ -116,7 +116,8 @@ def test_architectures_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_search_walks_to_the_best_neighbour_and_records_spills(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On made-up reports: larger rows are better up to 128, 2 warps would be best and spill."""
+    """On made-up reports: larger rows are better up to 128, 2 warps would be best and spill, and what fewer keys
+    gain is too little to believe."""
 
     def inspected(tile: Tile) -> Any:
         spills = 16 if tile.warps == 2 else 0
@@ -128,7 +129,7 @@ def test_search_walks_to_the_best_neighbour_and_records_spills(monkeypatch: pyte
     def judge(kernel: str, architecture: str, bits: int, head_dim: int, tile: Tile) -> tile_search.Judged:
         if tile.keys > 64:
             raise RuntimeError("does not compile: out of resources")
-        return tile_search.Judged(tile, inspected(tile), tile.warps / tile.rows + tile.stages)
+        return tile_search.Judged(tile, inspected(tile), 100 * tile.warps / tile.rows + tile.stages + tile.keys / 1000)
 
     said: list[str] = []
     monkeypatch.setattr(tile_search, "judge", judge)
@@ -136,6 +137,7 @@ def test_search_walks_to_the_best_neighbour_and_records_spills(monkeypatch: pyte
     monkeypatch.setattr(tile_search, "_describe", lambda judged: "as judged")
     row = tile_search.search("some_kernel", "sm_90", 16, 64, evaluations=40, say=said.append)
     assert (row.tile.rows, row.tile.warps, row.tile.stages, row.spill_bytes) == (128, 4, 1, 0)
+    assert row.tile.keys == tiles.default_tile(architecture="sm_90", bits=16, head_dim=64).keys
     assert row.key == ("some_kernel", "sm_90", 16, 64)
     assert any("out of resources" in line for line in said)
     # So few compilations do not get there, and a start that is at fault is no answer.

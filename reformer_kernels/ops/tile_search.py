@@ -5,8 +5,9 @@
 A tile is judged by `predicted`: the slowest of its products, its reads from the second-level cache and its
 instructions, a token and round, lengthened where few warps are there to hide latency. What must not be
 (`machine_code.faults`) rules a tile out; where every tile spills (float32, head sizes above 128), the table
-records how much the chosen one spills. The search walks from the present tile to the best neighbour (one
-field doubled or halved) until none is better. On a GPU, bench/validate_gpu.py measures instead.
+records how much the chosen one spills. The search walks from the present tile to a neighbour (one field
+doubled or halved) that is better by more than the model can be trusted for, until none is. On a GPU,
+bench/validate_gpu.py measures instead.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ LATENCY_WARPS = 8
 
 SPILL_PENALTY_BYTES = 64
 """A spill of as many bytes a thread doubles the predicted time."""
+
+LEAST_GAIN = 0.05
+"""By how much less predicted time a tile takes the present one's place."""
 
 PRODUCTS = {"attention_forward": 2, "attention_backward_queries": 3, "attention_backward_keys": 4}
 """Matrix products over a tile's pairs; other kernels multiply rows and a rotation's columns, once."""
@@ -138,7 +142,8 @@ def search(
         for other in neighbours(best, head_dim):
             if other not in tried and len(tried) >= evaluations:
                 continue
-            if rank(other) < rank(best):
+            faulty, score = rank(best)
+            if rank(other) < (faulty, score * (1 - LEAST_GAIN)):
                 best, moved = other, True
     chosen = tried[best]
     if chosen is None or not chosen.usable:
