@@ -116,8 +116,8 @@ def test_architectures_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_search_walks_to_the_best_neighbour_and_records_spills(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On made-up reports: larger rows are better up to 128, 2 warps would be best and spill, and what fewer keys
-    gain is too little to believe."""
+    """On made-up reports: larger rows are better up to 128, 2 warps would be best and spill, and what fewer
+    keys gain is too little to believe."""
 
     def inspected(tile: Tile) -> Any:
         spills = 16 if tile.warps == 2 else 0
@@ -129,7 +129,8 @@ def test_search_walks_to_the_best_neighbour_and_records_spills(monkeypatch: pyte
     def judge(kernel: str, architecture: str, bits: int, head_dim: int, tile: Tile) -> tile_search.Judged:
         if tile.keys > 64:
             raise RuntimeError("does not compile: out of resources")
-        return tile_search.Judged(tile, inspected(tile), 100 * tile.warps / tile.rows + tile.stages + tile.keys / 1000)
+        score = 100 * tile.warps / tile.rows + tile.stages + tile.keys / 1000
+        return tile_search.Judged(tile, inspected(tile), score)
 
     said: list[str] = []
     monkeypatch.setattr(tile_search, "judge", judge)
