@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from python_tests.test_reversible import D, feed_forward, streams, weigh
+from python_tests.reversible_cases import D, feed_forward, streams, weigh
 from reformer_kernels import Layout, LSHConfig, _dispatch
 from reformer_kernels.modules.attention import LSHSelfAttention
 from reformer_kernels.modules.feed_forward import ChunkedFeedForward

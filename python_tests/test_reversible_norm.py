@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from python_tests.test_reversible import D, assert_same, feed_forward, gradients, streams, weigh
+from python_tests.reversible_cases import D, assert_same, feed_forward, gradients, streams, weigh
 from python_tests.test_reversible_exact import inputs_seen
 from reformer_kernels.modules.reversible import ReversibleBlock, ReversibleSequence
 from reformer_kernels.ops.residual import op
