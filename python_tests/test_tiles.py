@@ -141,6 +141,14 @@ def test_search_walks_to_the_best_neighbour_and_records_spills(monkeypatch: pyte
     assert row.tile.keys == tiles.default_tile(architecture="sm_90", bits=16, head_dim=64).keys
     assert row.key == ("some_kernel", "sm_90", 16, 64)
     assert any("out of resources" in line for line in said)
+    # What spills with another dtype gives way to the next best.
+    spills = {row.tile: 8}
+    monkeypatch.setattr(tile_search, "_most_spilled", lambda *key: spills.get(key[-1], 0))
+    other = tile_search.search("some_kernel", "sm_90", 16, 64, evaluations=40, say=said.append)
+    assert other.tile != row.tile and other.tile.rows == 128 and other.spill_bytes == 0
+    assert (
+        tile_search.search("some_kernel", "sm_90", 32, 64, evaluations=40, say=said.append).spill_bytes == 8
+    )
     # So few compilations do not get there, and a start that is at fault is no answer.
     few = tile_search.search("some_kernel", "sm_90", 16, 64, evaluations=2, say=said.append)
     assert few.tile != row.tile

@@ -245,6 +245,11 @@ def resident_blocks(
     return limits[name], name
 
 
+def may_spill(bits: int, head_dim: int) -> bool:
+    """Whether the table may list tiles that spill, as there may be no others."""
+    return bits == 32 or head_dim > 128
+
+
 def faults(code: MachineCode, specialization: Specialization) -> list[str]:
     """What must not be: spills, products without tensor cores, narrow loads of rows, too much shared memory.
 
@@ -254,7 +259,7 @@ def faults(code: MachineCode, specialization: Specialization) -> list[str]:
     chip, bits = CHIPS[code.architecture], specialization.bits
     found = []
     allowed = 0
-    if specialization.tile is not None and (bits == 32 or code.head_dim > 128):
+    if specialization.tile is not None and may_spill(bits, code.head_dim):
         row = tiles.table_row(code.kernel, architecture=code.architecture, bits=bits, head_dim=code.head_dim)
         allowed = row.spill_bytes or 0 if row and row.tile == specialization.tile else 0
     if code.spill_bytes > allowed:

@@ -22,7 +22,7 @@ import torch
 
 from reformer_kernels.ops import tiles
 from reformer_kernels.ops.cost_model import RATES, Rates
-from reformer_kernels.ops.machine_code import CHIPS, PARTITIONS, Inspected, Request, inspect
+from reformer_kernels.ops.machine_code import CHIPS, PARTITIONS, Inspected, Request, inspect, may_spill
 from reformer_kernels.ops.specialization import all_specializations
 from reformer_kernels.ops.tiles import Tile, TileRow
 
@@ -145,19 +145,17 @@ def search(
             faulty, score = rank(best)
             if rank(other) < (faulty, score * (1 - LEAST_GAIN)):
                 best, moved = other, True
-    chosen = tried[best]
-    if chosen is None or not chosen.usable:
-        raise RuntimeError(
-            f"no tile of {len(tried)} suits {kernel} on {architecture} at {bits} bits, D = {head_dim}; "
-            "allow more --evaluations"
-        )
-    return TileRow(
-        kernel,
-        architecture,
-        bits,
-        tiles.padded_head_dim(head_dim),
-        best,
-        spill_bytes=_most_spilled(kernel, architecture, bits, head_dim, best),
+    # The walk looked at one dtype with all options; the others are looked at for what it found, best first.
+    usable = [tile for tile in tried if not rank(tile)[0]]
+    for tile in sorted(usable, key=lambda tile: (tile != best, rank(tile))):
+        spilled = _most_spilled(kernel, architecture, bits, head_dim, tile)
+        if spilled == 0 or may_spill(bits, head_dim):
+            width = tiles.padded_head_dim(head_dim)
+            return TileRow(kernel, architecture, bits, width, tile, spill_bytes=spilled)
+        say(f"  {_short(tile)}: spills {spilled} bytes with another dtype or other options")
+    raise RuntimeError(
+        f"no tile of {len(tried)} suits {kernel} on {architecture} at {bits} bits, D = {head_dim}; "
+        "allow more --evaluations"
     )
 
 
@@ -177,9 +175,8 @@ def _inspect(
 
 def _hard_faults(inspected: Inspected) -> list[str]:
     """All faults but a spill where one may have to be."""
-    code = inspected.code
-    may_spill = code.dtype == "float32" or code.head_dim > 128
-    return [fault for fault in inspected.faults if not (may_spill and fault.startswith("spills"))]
+    may = may_spill(32 if inspected.code.dtype == "float32" else 16, inspected.code.head_dim)
+    return [fault for fault in inspected.faults if not (may and fault.startswith("spills"))]
 
 
 def _most_spilled(kernel: str, architecture: str, bits: int, head_dim: int, tile: Tile) -> int:
