@@ -4,6 +4,10 @@
 #include <cstring>
 #include <new>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "cpu/variants.h"
 
 // CMake defines REFORMER_ISAS(VARIANT) as the compiled variants, best last: VARIANT(portable) VARIANT(avx2)
@@ -31,18 +35,26 @@ struct Variant {
 // Each also asks whether the operating system saves the wider registers.
 bool supports_portable() { return true; }
 #if defined(__x86_64__)
+// F16C and AVX512-BF16 are names that not every Clang's __builtin_cpu_supports knows.
+[[maybe_unused]] bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+[[maybe_unused]] bool has_avx512bf16() {
+  constexpr unsigned kBit = 1u << 5;  // of EAX, in sub-leaf 1 of leaf 7
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kBit);
+}
 [[maybe_unused]] bool supports_avx2() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 }
 [[maybe_unused]] bool supports_avx512() {
   __builtin_cpu_init();
   return supports_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-[[maybe_unused]] bool supports_avx512bf16() {
-  return supports_avx512() && __builtin_cpu_supports("avx512bf16");
-}
+[[maybe_unused]] bool supports_avx512bf16() { return supports_avx512() && has_avx512bf16(); }
 // The 16-lane code compiled for AVX2: tests only.
 [[maybe_unused]] bool supports_wide() { return supports_avx2(); }
 [[maybe_unused]] bool supports_wide_pairs() { return supports_avx2(); }

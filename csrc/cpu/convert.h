@@ -22,9 +22,9 @@ REFORMER_INLINE auto with_element(DType dtype, F f) {
 }
 
 template <typename T>
-constexpr bool kIsFloat = false;
+inline constexpr bool kIsFloat = false;
 template <>
-constexpr bool kIsFloat<float> = true;
+inline constexpr bool kIsFloat<float> = true;
 
 REFORMER_INLINE float float_of_bits(uint32_t bits) {
   float x;

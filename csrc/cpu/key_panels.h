@@ -349,7 +349,7 @@ class PairRule {
           (vuint)(splat(row_codes[r] + plan_.after) - load(panel_codes + r * kPanel + half));
       others -= (vint)((distance < span ? distance : span) == distance);
     }
-    if (p_.R <= kLanes) return __builtin_shuffle(inverses_, others);
+    if (p_.R <= kLanes) return look_up(inverses_, others);
     return 1.0f / __builtin_convertvector(others + 1, vfloat);
   }
 

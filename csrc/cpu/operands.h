@@ -31,9 +31,9 @@ template <typename T>
 using Operand = typename OperandOf<T>::type;
 
 template <typename Op>
-constexpr bool kIsPaired = false;
+inline constexpr bool kIsPaired = false;
 template <>
-constexpr bool kIsPaired<Pair> = true;
+inline constexpr bool kIsPaired<Pair> = true;
 
 // Numbers in an operand, and operands that n numbers along the reduction take.
 template <typename Op>

@@ -68,7 +68,17 @@ REFORMER_INLINE vint iota() {
 // Horizontal results, always by halving: lane i meets lane i + n/2, so the order of addition is fixed.
 template <int kWidth>
 REFORMER_INLINE vfloat swap_lanes(vfloat v) {
-  return __builtin_shuffle(v, iota() ^ kWidth);
+#define REFORMER_FOUR(lane) \
+  (lane) ^ kWidth, ((lane) + 1) ^ kWidth, ((lane) + 2) ^ kWidth, ((lane) + 3) ^ kWidth
+#if REFORMER_LANES == 4
+  return __builtin_shufflevector(v, v, REFORMER_FOUR(0));
+#elif REFORMER_LANES == 8
+  return __builtin_shufflevector(v, v, REFORMER_FOUR(0), REFORMER_FOUR(4));
+#else
+  return __builtin_shufflevector(v, v, REFORMER_FOUR(0), REFORMER_FOUR(4), REFORMER_FOUR(8),
+                                 REFORMER_FOUR(12));
+#endif
+#undef REFORMER_FOUR
 }
 REFORMER_INLINE float sum_of_lanes(vfloat v) {
 #if REFORMER_LANES > 8
@@ -91,6 +101,19 @@ REFORMER_INLINE float max_of_lanes(vfloat v) {
   v = vmax(v, swap_lanes<2>(v));
   v = vmax(v, swap_lanes<1>(v));
   return v[0];
+}
+
+// Lane i is table[index[i]], for indices of lanes.
+REFORMER_INLINE vfloat look_up(vfloat table, vint index) {
+#if REFORMER_LANES == 16 && defined(__AVX512F__)
+  return (vfloat)_mm512_permutexvar_ps((__m512i)index, (__m512)table);
+#elif REFORMER_LANES == 8 && defined(__AVX2__)
+  return (vfloat)_mm256_permutevar8x32_ps((__m256)table, (__m256i)index);
+#else
+  vfloat found{};
+  for (int lane = 0; lane < kLanes; ++lane) found[lane] = table[index[lane]];
+  return found;
+#endif
 }
 
 // 2^x to about 2 ulp for x in [-126, 127], 0 below, NaN for NaN and +inf; not for finite x above 127. The
