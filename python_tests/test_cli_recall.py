@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +116,14 @@ def test_refuses_tensors_that_do_not_fit(tmp_path: Path) -> None:
         torch.save(tensors, tmp_path / "x.pt")
         result = runner.invoke(app, ["recall", "--tensors", str(tmp_path / "x.pt")])
         assert result.exit_code == 2, name
+
+
+def test_activations_of_trained_models(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[1]
+    script = [sys.executable, str(root / "bench" / "recall_activations.py"), "a.pt", "--steps", "1"]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    heads = command.read_heads(tmp_path / "a.pt")
+    assert all(x.shape == (4, 4, 2048, 64) and x.std() > 0.01 for x in (heads.q, heads.k, heads.qk))
+    assert not torch.equal(heads.q, heads.k)
