@@ -19,7 +19,7 @@ from torch import Tensor
 from reformer_kernels.cli.language_model import byte_model
 from reformer_kernels.cli.muon import Muon
 from reformer_kernels.cli.text import Text
-from reformer_kernels.modules import checkpoint
+from reformer_kernels.modules import ReformerLM, checkpoint
 from reformer_kernels.modules.checkpoint import CheckpointError
 
 FORMAT = 2
@@ -53,12 +53,15 @@ class Recipe:
 class Trainer:
     """A model, its optimizer and its place in the run."""
 
-    def __init__(self, recipe: Recipe, text: Text, backend: str = "auto") -> None:
+    def __init__(
+        self, recipe: Recipe, text: Text, backend: str = "auto", model: ReformerLM | None = None
+    ) -> None:
+        """`model`: another model of bytes than the recipe's own."""
         self.recipe = recipe
         self.text = text
         self.step = 0
         torch.manual_seed(recipe.seed)
-        self.model = byte_model(
+        self.model = model or byte_model(
             dim=recipe.dim,
             layers=recipe.layers,
             heads=recipe.heads,
