@@ -18,10 +18,10 @@ from rich.progress import track
 from torch import Tensor
 
 from reformer_kernels import LSHConfig, ReformerConfig, ReformerLM
-from reformer_kernels.cli.language_model import CONTEXT, VOCABULARY
-from reformer_kernels.cli.text import load_text
-from reformer_kernels.cli.training import Recipe, Trainer
-from reformer_kernels.modules.reformer_config import LayerKind
+from reformer_kernels.models.config import LayerKind
+from reformer_kernels.training.language_model import CONTEXT, VOCABULARY
+from reformer_kernels.training.text import load_text
+from reformer_kernels.training.trainer import Recipe, Trainer
 
 LAYERS, WIDTH, HEADS, LENGTH = 4, 256, 4, 2048
 

@@ -1,23 +1,19 @@
 """Fast kernels for the Reformer (Kitaev, Kaiser, Levskaya, arXiv 2001.04451) in PyTorch."""
 
-from . import functional
-from .config import LSHConfig
-from .layout import Layout
-from .modules import (
+from reformer_kernels import functional
+from reformer_kernels.config import LSHConfig
+from reformer_kernels.layout import Layout
+from reformer_kernels.models import Reformer, ReformerConfig, ReformerEncoderDecoder, ReformerLM
+from reformer_kernels.modules import (
     AttentionReplacement,
     AxialPositionalEmbedding,
     ChunkedFeedForward,
     LocalSelfAttention,
     LSHSelfAttention,
     MultiheadAttention,
-    Reformer,
-    ReformerConfig,
-    ReformerEncoderDecoder,
-    ReformerLM,
-    ReversibleBlock,
-    ReversibleSequence,
     replace_attention,
 )
+from reformer_kernels.reversible import ReversibleBlock, ReversibleSequence
 
 __all__ = [
     "AttentionReplacement",

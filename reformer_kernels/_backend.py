@@ -9,8 +9,8 @@ from typing import Literal, get_args
 
 import torch
 
-from . import _native
-from .ops.tiles import interpreted
+from reformer_kernels import _native
+from reformer_kernels.gpu.tiles import interpreted
 
 Backend = Literal["auto", "reference", "native", "triton"]
 BACKENDS = get_args(Backend)  # here, as torch.compile of older versions cannot trace get_args
@@ -24,7 +24,7 @@ try:
     # Imports the extension, then the modules that register the native operators with torch.
     for _module in ("_native", "ops.hash.op", "ops.sort.op", "ops.residual.op", "ops.attention.op"):
         importlib.import_module(f"{__package__}.{_module}")
-    importlib.import_module(f"{__package__}.ops.attention.triton_op")  # without importing triton
+    importlib.import_module(f"{__package__}.ops.attention.triton.op")  # without importing triton
 except ImportError as error:
     NATIVE_ERROR = error
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _autocast
-from .config import LSHConfig, check_integer
-from .layout import Layout
+from reformer_kernels import _autocast
+from reformer_kernels.config import LSHConfig, check_integer
+from reformer_kernels.layout import Layout
 
 MAX_HEAD_DIM = 256
 MAX_LENGTH = 2**31 - 1

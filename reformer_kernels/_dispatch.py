@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._backend import resolve_sort_backend
-from ._checks import refuse_forward_mode
-from .config import AttentionRule, LSHConfig, automatic_factors, cross_span, sees_all
-from .layout import Layout
-from .ops.attention import reference as attention_reference
-from .ops.hash import reference as hash_reference
-from .ops.hash import rotations as hash_rotations
-from .ops.sort import reference as sort_reference
+from reformer_kernels._backend import resolve_sort_backend
+from reformer_kernels._checks import refuse_forward_mode
+from reformer_kernels.config import AttentionRule, LSHConfig, automatic_factors, cross_span, sees_all
+from reformer_kernels.layout import Layout
+from reformer_kernels.ops.attention import reference as attention_reference
+from reformer_kernels.ops.hash import reference as hash_reference
+from reformer_kernels.ops.hash import rotations as hash_rotations
+from reformer_kernels.ops.sort import reference as sort_reference
 
 Seed = int | Tensor | None
 

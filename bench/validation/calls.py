@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from reformer_kernels import LSHConfig, functional
-from reformer_kernels.cli.peers import FullAttention
-from reformer_kernels.cli.problem import Problem
-from reformer_kernels.ops.cost_model import Shape
+from reformer_kernels.benchmarks.peers import FullAttention
+from reformer_kernels.benchmarks.problem import Problem
+from reformer_kernels.gpu.cost_model import Shape
 from validation.context import Context
 
 Call = Callable[[], Any]

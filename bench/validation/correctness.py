@@ -275,7 +275,7 @@ def whole_call(context: Context, *, dtype: torch.dtype, D: int) -> Row:
 
 def residual(context: Context, *, dtype: torch.dtype) -> Row:
     """A fixed-point step adds and takes away exactly."""
-    from reformer_kernels.ops.residual.triton_kernels import residual_step
+    from reformer_kernels.ops.residual.triton import residual_step
 
     rows, width = context.pick((4096, 1024), (3, 20))
     stream = torch.randint(-(2**28), 2**28, (rows, width), dtype=torch.int32, device=context.device)

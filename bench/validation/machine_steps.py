@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-import reformer_kernels.functional  # noqa: F401  registers the operators
-from reformer_kernels.cli import machine
+import reformer_kernels.functional  # noqa: F401  loads the native extension
+from reformer_kernels.benchmarks import machine
 from validation.context import Context, Row, attempt
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +118,7 @@ def pytest_steps(context: Context) -> Iterator[Row]:
             "-rs",
             "-p",
             "no:cacheprovider",
-            "python_tests/test_gpu.py",
+            "python_tests/gpu/test_gpu.py",
             *("-k", "not validation"),  # which are steps of their own
         ]
         # The interpreter of a dry run is not a GPU: there the tests must say why they are skipped.
@@ -136,7 +136,7 @@ def pytest_steps(context: Context) -> Iterator[Row]:
             "says": last[-1] if last and done.returncode == 0 else "\n".join(last),
         }
 
-    yield attempt("python_tests/test_gpu.py", run)
+    yield attempt("python_tests/gpu/test_gpu.py", run)
 
 
 if __name__ == "__main__":

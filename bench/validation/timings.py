@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from reformer_kernels.cli.machine import RateMeter
-from reformer_kernels.cli.peers import FULL_ATTENTION, PeerRefusesError
-from reformer_kernels.cli.timing import Spread, between, interleave, mark
-from reformer_kernels.ops import cost_model
-from reformer_kernels.ops.cost_model import Shape
+from reformer_kernels.benchmarks.machine import RateMeter
+from reformer_kernels.benchmarks.peers import FULL_ATTENTION, PeerRefusesError
+from reformer_kernels.benchmarks.timing import Spread, between, interleave, mark
+from reformer_kernels.gpu import cost_model
+from reformer_kernels.gpu.cost_model import Shape
 from validation import calls
 from validation.calls import BOTH, FORWARD, Call, shape_of
 from validation.context import Context, Row, attempt

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
+from reformer_kernels.benchmarks.machine import version_of
 from reformer_kernels.cli.bench import bench
 from reformer_kernels.cli.generate import generate
 from reformer_kernels.cli.info import info
 from reformer_kernels.cli.inspect import inspect
-from reformer_kernels.cli.machine import version_of
 from reformer_kernels.cli.recall import recall
 from reformer_kernels.cli.train import train
 

@@ -13,7 +13,12 @@ import torch
 import typer
 from rich.console import Console
 
-from reformer_kernels.cli import agreement, layers_report, machine, memory
+from reformer_kernels.benchmarks import agreement, layers_report, machine, memory
+from reformer_kernels.benchmarks.peers import FULL_ATTENTION, PEERS, PeerRefusesError
+from reformer_kernels.benchmarks.problem import DTYPES, Problem, attention_work, full_attention_work
+from reformer_kernels.benchmarks.report import Report, Row
+from reformer_kernels.benchmarks.timing import Case, interleave
+from reformer_kernels.benchmarks.workloads import OPERATIONS, OURS, PEER_ROWS, Workload, build
 from reformer_kernels.cli.arguments import (
     choice,
     choices,
@@ -24,11 +29,6 @@ from reformer_kernels.cli.arguments import (
     usage_error,
     writable_file,
 )
-from reformer_kernels.cli.peers import FULL_ATTENTION, PEERS, PeerRefusesError
-from reformer_kernels.cli.problem import DTYPES, Problem, attention_work, full_attention_work
-from reformer_kernels.cli.report import Report, Row
-from reformer_kernels.cli.timing import Case, interleave
-from reformer_kernels.cli.workloads import OPERATIONS, OURS, PEER_ROWS, Workload, build
 
 GIB = 2**30
 PEER_BYTES_PER_PAIR = {"forward": 25, "backward": 45}

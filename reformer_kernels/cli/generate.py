@@ -11,9 +11,9 @@ import torch
 import typer
 
 from reformer_kernels.cli.arguments import INTERRUPTED, positive, printable, usage_error
-from reformer_kernels.cli.language_model import VOCABULARY
-from reformer_kernels.modules import ReformerLM
-from reformer_kernels.modules.checkpoint import CheckpointError
+from reformer_kernels.models import ReformerLM
+from reformer_kernels.models.files import CheckpointError
+from reformer_kernels.training.language_model import VOCABULARY
 
 
 def generate(

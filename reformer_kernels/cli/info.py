@@ -12,7 +12,7 @@ from rich.table import Table
 
 from reformer_kernels import _native
 from reformer_kernels._backend import resolve_backend, resolve_sort_backend
-from reformer_kernels.cli import machine
+from reformer_kernels.benchmarks import machine
 from reformer_kernels.cli.arguments import new_console
 
 EVERYTHING, SORT = "all operations", "bucket_sort"

@@ -13,7 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from reformer_kernels.cli import machine
+from reformer_kernels.benchmarks import machine
+from reformer_kernels.benchmarks.problem import DTYPES
+from reformer_kernels.benchmarks.report import write_atomically
 from reformer_kernels.cli.arguments import (
     choices,
     integers,
@@ -22,12 +24,10 @@ from reformer_kernels.cli.arguments import (
     usage_error,
     writable_file,
 )
-from reformer_kernels.cli.problem import DTYPES
-from reformer_kernels.cli.report import write_atomically
-from reformer_kernels.ops import cost_model, machine_code
-from reformer_kernels.ops.machine_code import Inspected, Request
-from reformer_kernels.ops.specialization import OPERATIONS, OPTIONS
-from reformer_kernels.ops.tiles import ARCHITECTURES
+from reformer_kernels.gpu import cost_model, machine_code
+from reformer_kernels.gpu.machine_code import Inspected, Request
+from reformer_kernels.gpu.specialization import OPERATIONS, OPTIONS
+from reformer_kernels.gpu.tiles import ARCHITECTURES
 
 SCHEMA = 1
 MAX_HEAD_DIM = 256

@@ -16,7 +16,8 @@ from rich.table import Table
 from torch import Tensor
 
 from reformer_kernels import functional
-from reformer_kernels.cli import machine
+from reformer_kernels.benchmarks import machine
+from reformer_kernels.benchmarks.report import write_atomically
 from reformer_kernels.cli.arguments import (
     choices,
     integers,
@@ -25,7 +26,6 @@ from reformer_kernels.cli.arguments import (
     usage_error,
     writable_file,
 )
-from reformer_kernels.cli.report import write_atomically
 from reformer_kernels.config import LSHConfig, sees_all
 from reformer_kernels.layout import Layout
 from reformer_kernels.ops.attention.reference import normalise_keys

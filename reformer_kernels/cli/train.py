@@ -28,8 +28,8 @@ from reformer_kernels.cli.arguments import (
     usage_error,
     writable_file,
 )
-from reformer_kernels.cli.text import TextError, load_text
-from reformer_kernels.cli.training import CheckpointError, DivergedError, Recipe, Trainer, read_checkpoint
+from reformer_kernels.training.text import TextError, load_text
+from reformer_kernels.training.trainer import CheckpointError, DivergedError, Recipe, Trainer, read_checkpoint
 
 CHANGEABLE = ("steps", "lr")
 """What a resumed run may change of its recipe."""

@@ -3,9 +3,9 @@
 Nothing here imports transformers before `accelerate` or `restore` is called.
 """
 
-from .acceleration import Acceleration, accelerate, restore
-from .checkpoint import from_pretrained, save_pretrained
-from .conversion import load_state_dict, state_dict
+from reformer_kernels.hf.acceleration import Acceleration, accelerate, restore
+from reformer_kernels.hf.checkpoint import from_pretrained, save_pretrained
+from reformer_kernels.hf.conversion import load_state_dict, state_dict
 
 __all__ = [
     "Acceleration",

@@ -114,7 +114,7 @@ def restore(model: nn.Module) -> tuple[str, ...]:
 
 def _layers() -> Any:
     try:
-        from . import _layers
+        from reformer_kernels.hf import layers as _layers
     except ImportError as error:
         raise ImportError(
             f"transformers with its Reformer is needed here ({error}); install it with: "

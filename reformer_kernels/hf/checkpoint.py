@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from reformer_kernels._checks import kind_of
-from reformer_kernels.modules import ReformerClassifier
-
-from . import conversion
+from reformer_kernels.hf import conversion
+from reformer_kernels.models import ReformerClassifier
 
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"

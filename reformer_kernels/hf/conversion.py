@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from reformer_kernels._checks import kind_of
 from reformer_kernels.config import LSHConfig
-from reformer_kernels.modules import (
-    AxialPositionalEmbedding,
+from reformer_kernels.models import (
     Reformer,
     ReformerClassifier,
     ReformerConfig,
     ReformerLM,
     ReformerQuestionAnswering,
 )
+from reformer_kernels.modules import AxialPositionalEmbedding
 
 # Configuration
 

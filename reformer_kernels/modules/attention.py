@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from reformer_kernels import functional
 from reformer_kernels.config import LSHConfig, local_config
 from reformer_kernels.layout import Layout
-from reformer_kernels.modules._replay import is_keeping, remember
-from reformer_kernels.modules.decoding import LocalCache, LSHCache
+from reformer_kernels.models.caches import LocalCache, LSHCache
 from reformer_kernels.modules.positions import RotaryPositions
+from reformer_kernels.reversible.recomputation import is_keeping, remember
 
 MAX_HEAD_DIM = 256
 SEED_BOUND = 2**63 - 1

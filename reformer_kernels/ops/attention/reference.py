@@ -14,8 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from reformer_kernels import _autocast
 from reformer_kernels.config import KEY_NORMS, AttentionRule
-
-from . import philox
+from reformer_kernels.ops.attention import philox
 
 BLOCK_ELEMENTS = 2**22
 """Queries are taken in blocks that gather about this many numbers."""

@@ -102,7 +102,7 @@ def _triton_hash(
     padding: Tensor | None,
     length: int | None = None,
 ) -> Tensor:
-    from reformer_kernels.ops.hash import triton_kernels  # here, because importing triton takes a while
+    from reformer_kernels.ops.hash import triton as triton_kernels  # here, as importing Triton takes a while
 
     factors = _resolve_factors(x, factors, span, length)
     _check(x, rotations, factors, span, padding)

@@ -96,7 +96,9 @@ def _fake(
 
 
 def _triton(*arguments: Any) -> tuple[Tensor, ...]:
-    from reformer_kernels.ops.residual import triton_kernels  # here, because importing triton takes a while
+    from reformer_kernels.ops.residual import (
+        triton as triton_kernels,  # here, as importing Triton takes a while
+    )
 
     return triton_kernels.residual_step(*arguments)
 

@@ -1,0 +1,343 @@
+"""Run as a program with TRITON_INTERPRET=1: the Triton kernels against the references, on the CPU.
+
+`python -m python_tests.gpu.triton_cases GROUP` runs the cases of a group and prints the name of each as it
+passes. The interpreter runs one program after another, so that races do not show in numbers: `Watch` looks at
+the addresses instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import sys
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.deterministic
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor
+from triton.runtime import interpreter
+
+from python_tests.helpers import TOLERANCE, assert_close, near_ties, padding_mask
+from python_tests.ops.attention.cases import (
+    EXAMPLES,
+    Case,
+    cases,
+    cross_cases,
+    cross_rule,
+    errors,
+    exact,
+    rule_of,
+    shrunk,
+    solve,
+)
+from python_tests.ops.attention.test_native import RULES
+from reformer_kernels import LSHConfig
+from reformer_kernels import functional as F
+from reformer_kernels.ops.hash import reference as hash_reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Watch:
+    """Of every launch: no two programs store to one address, none loads what another one stores.
+
+    Then the order in which programs run cannot change a result, and no store is lost.
+    """
+
+    def __init__(self) -> None:
+        self.stores: list[tuple[int, Any]] = []
+        self.loads: list[tuple[int, Any]] = []
+        builder, executor, watch = interpreter.InterpreterBuilder, interpreter.GridExecutor, self
+        load, store, launch = builder.create_masked_load, builder.create_masked_store, executor.__call__
+
+        def create_masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+            watch.loads.append((self.grid_idx[0], pointers.data[mask.data.astype(bool)]))
+            return load(self, pointers, mask, *rest)
+
+        def create_masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            watch.stores.append((self.grid_idx[0], pointers.data[mask.data.astype(bool)]))
+            return store(self, pointers, value, mask, *rest)
+
+        def call(self: Any, *arguments: Any, **named: Any) -> Any:
+            watch.stores.clear(), watch.loads.clear()
+            result = launch(self, *arguments, **named)
+            watch.check(self.fn.__name__)
+            return result
+
+        builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
+        executor.__call__ = call
+
+    def check(self, kernel: str) -> None:
+        stored = np.concatenate([a for _, a in self.stores])
+        owners = np.concatenate([np.full(a.shape, p) for p, a in self.stores])
+        order = np.argsort(stored, kind="stable")
+        stored, owners = stored[order], owners[order]
+        assert (stored[1:] != stored[:-1]).all(), f"{kernel}: an address is stored twice"
+        for program, loaded in self.loads:
+            place = np.searchsorted(stored, loaded).clip(max=len(stored) - 1)
+            foreign = (stored[place] == loaded) & (owners[place] != program)
+            assert not foreign.any(), f"{kernel}: a program loads what another one stores"
+
+
+def triton_hash(x: Tensor, rotations: Tensor, factors: tuple[int, ...], padding: Tensor | None) -> Tensor:
+    return torch.ops.reformer_kernels.triton_lsh_hash(x, rotations, factors, 0, padding)
+
+
+def hash_equals_reference() -> None:
+    """Every id but those of near-ties, over lengths, sizes, factors (more than one launch's), strides."""
+    for n, ((L, D, factors), dtype) in enumerate(
+        itertools.product(
+            [(1, 1, (2,)), (17, 24, (70,)), (5, 129, (6, 8)), (19, 17, (4, 2, 6, 2, 8, 2))], DTYPES
+        )
+    ):
+        x = torch.randn(2, L, 2, D).to(dtype).transpose(1, 2)
+        rotations = torch.randn(2 if n % 2 else 1, D, 1 + n % 2, sum(factors) // 2 + 3)
+        padding = torch.rand(2, L) < 0.3 if n % 3 else None
+        got, expected = (f(x, rotations, factors, padding) for f in (triton_hash, hash_reference.lsh_hash))
+        assert not ((got != expected) & ~near_ties(x, rotations, factors)).any(), (L, D, factors, dtype)
+
+
+def hash_ties_and_non_finite_rows() -> None:
+    """Small integers project without rounding: every id must agree, ties and rows of zeros included."""
+    for dtype, factors in itertools.product(DTYPES, [(34,), (4, 6), (4, 2, 2, 2, 6)]):
+        x = torch.randint(-2, 3, (2, 1, 19, 5)).to(dtype)
+        x[0, 0, :3] = 0
+        x[0, 0, 3, 2], x[1, 0, 12, 0], x[1, 0, 18, 4] = math.nan, math.inf, -math.inf
+        rotations = torch.randint(-2, 3, (1, 5, 2, sum(factors) // 2)).float()
+        padding = torch.rand(2, 19) < 0.3
+        for mask in (None, padding):
+            assert torch.equal(
+                triton_hash(x, rotations, factors, mask),
+                hash_reference.lsh_hash(x, rotations, factors, mask),
+            ), (dtype, factors)
+    # Values whose upper bits alone would overflow or lose the sign.
+    x = torch.tensor([[3.3e38, -3.3e38, 1e-38, 65504.0, -0.0]]).T.reshape(1, 1, 5, 1)
+    rotations = torch.tensor([0.5, -1.0]).reshape(1, 1, 1, 2)
+    assert torch.equal(
+        triton_hash(x, rotations, (4,), None), hash_reference.lsh_hash(x, rotations, (4,), None)
+    )
+
+
+def triton_attention(case: Case, q: Tensor, v: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor]:
+    layout, seed = case.layout(), torch.tensor(case.seed) if case.dropout_p > 0 else None
+    return torch.ops.reformer_kernels.triton_attention(
+        q, k, v, layout.order, layout.bucket_starts, case.key_bias(), seed, case.rule.pack(), case.scale,
+        case.dropout_p, *case.key_places(),
+    )  # fmt: skip
+
+
+def check(case: Case, dtype: torch.dtype = torch.float32) -> None:
+    """Within 1e-4 of float64 on the same inputs, and where terms cancel within a few times what the reference
+    loses in float32; in 16 bits within 12 roundings."""
+    inputs = case.inputs(dtype)
+    expected = solve(case, exact, [x.double() for x in inputs])
+    found = errors(case, solve(case, triton_attention, inputs), expected)
+    if dtype != torch.float32:
+        assert max(found.values()) <= 12 * torch.finfo(dtype).eps, (case, dtype, found)
+    elif max(found.values()) > TOLERANCE[dtype]:
+        allowed = errors(case, solve(case, exact, inputs), expected)
+        assert all(e <= max(TOLERANCE[dtype], 4 * allowed[n]) for n, e in found.items()), (
+            case,
+            found,
+            allowed,
+        )
+
+
+def attention_by_every_rule() -> None:
+    """Several tiles of queries and keys, odd lengths and strides, padding, dropout, lse's gradient."""
+    for n, (name, rule) in enumerate(RULES.items()):
+        case = Case(
+            rule, B=2 - n % 2, H=1 + n % 2, R=1 if name == "local" else 2, L=37 - n % 3, D=5 + n, Dv=20 - n,
+            separate=not rule.exclude_self, padding=["none", "tail", "some", "bias"][n % 4],
+            dropout_p=[0.0, 0.3][n % 2], strides=["dense", "projection", "gaps"][n % 3],
+            grad_strides=["dense", "projection", "columns", "expanded"][n % 4], seed=n,
+        )  # fmt: skip
+        check(case)
+
+
+def attention_around_the_ring() -> None:
+    """Ranges that meet their own round again, with buckets compared pair by pair and without."""
+    for mask in (True, False):
+        rule = rule_of(ring=True, chunk_length=10, chunks_before=3, chunks_after=1, bucket_mask=mask)
+        check(Case(rule, R=2 - mask, L=18, D=4, Dv=3, n_buckets=2, dropout_p=0.3))
+    # Rounds whose length is no multiple of four, and no multiple of the chunk.
+    check(
+        Case(
+            rule_of(ring=True, chunk_length=7, bucket_mask=False, causal=True), R=3, L=19, D=3, dropout_p=0.5
+        )
+    )
+
+
+def attention_of_keys_sorted_apart() -> None:
+    windows = [{"window_before": 12, "window_after": 5}, {"window_before": 25, "causal": True}]
+    for n, ((L, L_k), window, mask) in enumerate(
+        zip([(37, 21), (18, 50), (33, 33), (5, 70)], windows * 2, [True, True, False, False], strict=True)
+    ):
+        check(
+            Case(
+                cross_rule(rule_of(**window), bucket_mask=mask), H=2, R=2, L=L, key_length=L_k, D=9, Dv=17,
+                separate=True, padding=["none", "some"][n % 2], dropout_p=[0.0, 0.3][n % 2],
+            )
+        )  # fmt: skip
+
+
+def attention_in_every_width() -> None:
+    """Head sizes of one number, of no power of two, and so large that products take slices."""
+    for n, (D, Dv) in enumerate([(1, 1), (1, 200), (129, 33), (65, 256)]):
+        rule = rule_of(causal=n % 2 == 0, key_norm=n % 3)
+        check(Case(rule, L=19, R=2, D=D, Dv=Dv, separate=n == 3, padding="some", scale=D**-0.5))
+
+
+def attention_in_low_precision() -> None:
+    for dtype, norm in itertools.product((torch.bfloat16, torch.float16), (0, 1, 2)):
+        rule = rule_of(key_norm=norm, causal=norm == 1)
+        check(
+            Case(rule, L=35, R=2, D=16, Dv=24, scale=0.3 if norm else 0.1, lse_gradient=False, seed=norm),
+            dtype,
+        )
+
+
+def attention_of_hostile_values() -> None:
+    rule = rule_of(exclude_self=False, bucket_mask=False, chunk_length=32)
+    case = Case(rule, L=20, D=4, Dv=4, R=2, padding="tail", separate=True)
+    clean = [x.detach() for x in case.inputs(torch.float32)]
+    mask = case.mask()
+    assert mask is not None and mask.any() and not mask.all()
+    dirty = [x.masked_fill(mask[:, None, :, None], math.nan) for x in clean]
+    for a, b in zip(triton_attention(case, *dirty), triton_attention(case, *clean), strict=True):
+        assert torch.equal(a, b) and a.isfinite().all()
+    # Overflowed logits are not an empty row, and NaN stays.
+    case = dataclasses.replace(case, padding="none", R=1)
+    for q, k in ((1e30, -1e30), (1e30, 1e30), (math.nan, 1.0)):
+        out, lse = triton_attention(case, clean[0] * 0 + q, clean[1], clean[2] * 0 + k)
+        assert out.isnan().all() and lse.isnan().all()
+    # Short keys: in float16 a gradient divided by their norms would leave the range on the way.
+    for dtype, norm in itertools.product(DTYPES, (1, 2)):
+        case = Case(rule_of(key_norm=norm, bucket_mask=False), L=18, D=8, Dv=8, R=2)
+        found = []
+        for precision, call in ((torch.float64, exact), (dtype, triton_attention)):
+            q, v = (x.to(dtype) for x in case.inputs(torch.float64))
+            q[:, :, ::3] *= 0 if norm == 1 else 1e-2
+            q[:, :, 1::3] *= 1e-3
+            leaves = [q.to(precision).requires_grad_(), v.to(precision).requires_grad_()]
+            out, lse = call(case, *leaves, None)
+            found.append(torch.autograd.grad(out.double().sum() * 100 + lse.double().sum(), leaves))
+        for expected, gradient in zip(*found, strict=True):
+            assert not gradient.isnan().any() and gradient[expected.abs() < 3e4].isfinite().all(), (
+                dtype,
+                norm,
+            )
+    # Entries that are no position make no address.
+    case = Case(rule_of(), L=20, D=4, Dv=4, R=2)
+    layout = case.layout()
+    order = layout.order.clone()
+    order[..., ::3], order[..., 1::3] = 2**31 - 1, -5
+    q, v = case.inputs(torch.float32)
+    arguments = (q, None, v, order, layout.bucket_starts, None, None, case.rule.pack(), 1.0, 0.0)
+    torch.ops.reformer_kernels.triton_attention(*arguments)
+
+
+def attention_of_random_problems() -> None:
+    """As the native kernels' random tests, cut to what the interpreter can do in a blink."""
+
+    def small(case: Case) -> Case:
+        cut = {"B": 1, "H": min(case.H, 2), "R": min(case.R, 3), "L": case.L % 40 + 1}
+        cut |= {"D": case.D % 40 + 1, "Dv": case.Dv % 40 + 1}
+        if case.key_length is not None:
+            cut["key_length"] = case.key_length % 60 + 1
+        rule = case.rule
+        if rule.ring:  # counts duplicates over all pairs of rounds and turns
+            cut["R"] = min(case.R, 2)
+            rule = dataclasses.replace(rule, chunk_length=max(8, rule.chunk_length))
+        return shrunk(dataclasses.replace(case, rule=rule, **cut))
+
+    examples = settings(
+        deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+
+    @settings(examples, max_examples=8 * EXAMPLES)
+    @given(case=cases())
+    def one_order(case: Case) -> None:
+        check(small(case))
+
+    @settings(examples, max_examples=3 * EXAMPLES)
+    @given(case=cross_cases())
+    def keys_apart(case: Case) -> None:
+        check(small(case))
+
+    one_order()
+    keys_apart()
+
+
+def public_functions() -> None:
+    """Hash, sort and attend by backend="triton" as by the reference, with gradients."""
+    for config in (LSHConfig.paper(n_hashes=2, chunk_length=8), LSHConfig.trax(chunk_length=8, causal=True)):
+        found = []
+        for backend in ("triton", "reference"):
+            leaves = [torch.randn(1, 2, 21, 8, generator=_generator(n)).requires_grad_() for n in range(2)]
+            out, lse = F.lsh_attention(
+                *leaves, config, seed=3, dropout_p=0.2, key_padding_mask=padding_mask([17], 21),
+                backend=backend, return_lse=True,
+            )  # fmt: skip
+            finite = lse.isfinite()
+            loss = out.square().sum() + lse[finite].sum()
+            found.append([out, lse[finite], *torch.autograd.grad(loss, leaves)])
+        for a, b in zip(*found, strict=True):
+            assert_close(a, b, 1e-5)
+    q, k, v = (torch.randn(1, 2, 30, 8, generator=_generator(n)) for n in range(3))
+    for backend in ("triton", "reference"):
+        found.append(
+            [
+                F.local_attention(q, k, v, chunk_length=8, wrap=True, backend=backend),
+                F.lsh_cross_attention(
+                    q, k[:, :, :25], v[:, :, :25], LSHConfig(n_hashes=2, bucket_window=6), seed=0,
+                    backend=backend,
+                ),
+            ]
+        )  # fmt: skip
+    for a, b in zip(*found[2:], strict=True):
+        assert_close(a, b, 1e-5)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def operators_keep_their_contract() -> None:
+    case = Case(rule_of(), L=18, D=4, Dv=5)
+    q, v = (x.requires_grad_() for x in case.inputs(torch.float32))
+    layout = case.layout()
+    arguments = (q, None, v, layout.order, layout.bucket_starts, None, None, case.rule.pack(), 1.0, 0.0)
+    torch.library.opcheck(torch.ops.reformer_kernels.triton_attention.default, arguments)
+    x, rotations = torch.randn(1, 1, 18, 4), torch.randn(1, 4, 1, 128)
+    torch.library.opcheck(torch.ops.reformer_kernels.triton_lsh_hash.default, (x, rotations, [], 16, None))
+
+
+GROUPS = {
+    "hash": (hash_equals_reference, hash_ties_and_non_finite_rows),
+    "attention": (
+        attention_by_every_rule,
+        attention_around_the_ring,
+        attention_of_keys_sorted_apart,
+        attention_in_every_width,
+        attention_in_low_precision,
+        attention_of_hostile_values,
+    ),
+    "whole": (attention_of_random_problems, public_functions, operators_keep_their_contract),
+}
+
+
+if __name__ == "__main__":
+    # numpy, under the interpreter, tells of overflow and of operations on NaN.
+    warnings.simplefilter("ignore", RuntimeWarning)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    Watch()
+    for case in GROUPS[sys.argv[1]]:
+        torch.manual_seed(0)
+        case()
+        print(f"{case.__name__} passed", flush=True)

@@ -1,0 +1,387 @@
+"""What the compiler makes of a kernel, read from its binary, with no device present.
+
+`read(specialization)` compiles one kernel for its architecture and returns a `MachineCode`: registers,
+spills, shared memory, how many blocks fit a multiprocessor, tensor-core instructions and widths of loads.
+`faults` says what about it must not be. Triton's wheel carries the disassembler for NVIDIA; the AMD compiler
+writes the same facts into its assembly.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from reformer_kernels.gpu import tiles
+from reformer_kernels.gpu.specialization import OPERATIONS, Specialization, all_specializations
+
+Thing = TypeVar("Thing", int, str)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Limits of one multiprocessor (of a compute unit, in AMD's terms), from the vendors' manuals.
+
+    Attributes:
+        target: what `triton.backends.compiler.GPUTarget` is made of.
+        registers: 32-bit registers of a lane in one of its 4 partitions, times the lanes of a warp.
+        register_unit: registers are given to a warp in multiples of this.
+        partition_warps: most warps of one partition.
+        blocks: most resident blocks.
+        shared_bytes: shared memory of the multiprocessor; block_bytes: the most for one block;
+            reserved_bytes: what the system keeps of each block's.
+        tensor_memory: columns of tensor memory, 0 where there is none.
+        tensor_core: how the instructions of its tensor cores begin.
+    """
+
+    target: tuple[str, int | str, int]
+    registers: int
+    register_unit: int
+    partition_warps: int
+    blocks: int
+    shared_bytes: int
+    block_bytes: int
+    reserved_bytes: int
+    tensor_memory: int
+    tensor_core: str
+
+    @property
+    def warp(self) -> int:
+        return self.target[2]
+
+
+KIB = 1024
+CHIPS: Mapping[str, Chip] = {
+    "sm_80": Chip(("cuda", 80, 32), 16384, 256, 16, 32, 164 * KIB, 163 * KIB, KIB, 0, "HMMA"),
+    "sm_90": Chip(("cuda", 90, 32), 16384, 256, 16, 32, 228 * KIB, 227 * KIB, KIB, 0, "HGMMA"),
+    "sm_100": Chip(("cuda", 100, 32), 16384, 256, 16, 32, 228 * KIB, 227 * KIB, KIB, 512, "UTCHMMA"),
+    "gfx942": Chip(("hip", "gfx942", 64), 512 * 64, 8 * 64, 8, 32, 64 * KIB, 64 * KIB, 0, 0, "v_mfma"),
+}
+PARTITIONS = 4
+
+SMALL_SHARED_BYTES = 99 * KIB
+"""What a block may use on compute capability 8.6, 8.9 and 12.x, which run sm_80's tiles."""
+
+TENSOR_CORE = re.compile(r"^(HMMA|HGMMA|UTC\w*MMA|IMMA|v_mfma)")
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """One compiled kernel.
+
+    Attributes:
+        kernel, architecture, dtype, head_dim, options, tile: what it was compiled for.
+        registers: of each thread. spill_bytes: of each thread, in local memory (scratch).
+        shared_bytes: of a block.
+        resident_blocks: how many blocks a multiprocessor holds at once; occupancy: their warps, as a share of
+            the most; limited_by: what keeps more out.
+        tensor_core_instructions: how many of each kind there are in the code.
+        loads: how many instructions load from device memory (to registers or shared memory), by the bytes
+            that one thread loads.
+    """
+
+    kernel: str
+    architecture: str
+    dtype: str
+    head_dim: int
+    options: str
+    tile: tiles.Tile | None
+    warps: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    resident_blocks: int
+    occupancy: float
+    limited_by: str
+    tensor_core_instructions: dict[str, int]
+    loads: dict[int, int]
+    instructions: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kernel} {self.dtype} D={self.head_dim} options {self.options} on {self.architecture}, "
+            f"{self.tile}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `all_specializations` is to list, as a value that another process can be sent."""
+
+    architecture: str
+    dtype: torch.dtype
+    head_dim: int
+    options: str
+    operations: tuple[str, ...] = OPERATIONS
+    tiles: Mapping[str, tiles.Tile] = field(default_factory=dict)
+    kernels: tuple[str, ...] = ()
+    """Only these; none named: all."""
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A kernel's machine code and its `faults`."""
+
+    code: MachineCode
+    faults: list[str]
+
+
+def unavailable() -> str | None:
+    """Why no kernel can be compiled here, and what to do; None where it can."""
+    if tiles.interpreted():
+        return "TRITON_INTERPRET is set, which replaces Triton's compiler; unset it"
+    try:
+        import triton.backends.compiler
+        import triton.compiler  # noqa: F401
+    except ImportError as error:
+        return f"Triton does not import ({error}); install it with: pip install triton"
+    if not disassembler().exists():
+        return f"this Triton carries no disassembler ({disassembler()}); install another: pip install triton"
+    return None
+
+
+def read(specialization: Specialization) -> MachineCode:
+    """Compile one kernel for its architecture and read the binary. Takes a second or so.
+
+    Raises RuntimeError where Triton cannot compile here, or not this kernel.
+    """
+    reason = unavailable()
+    if reason is not None:
+        raise RuntimeError(f"{specialization} cannot be compiled: {reason}")
+    compiled = compile_kernel(specialization)
+    chip = CHIPS[specialization.architecture]
+    if chip.target[0] == "cuda":
+        registers, spills, instructions = _read_cubin(compiled.asm["cubin"])
+    else:
+        registers, spills, instructions = _read_amdgcn(compiled.asm["amdgcn"])
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    blocks, limit = resident_blocks(
+        chip, registers, warps, shared, getattr(compiled.metadata, "tmem_size", None) or 0
+    )
+    return MachineCode(
+        kernel=specialization.name,
+        architecture=specialization.architecture,
+        dtype=str(specialization.dtype).removeprefix("torch."),
+        head_dim=specialization.head_dim,
+        options=specialization.options,
+        tile=specialization.tile,
+        warps=warps,
+        registers=registers,
+        spill_bytes=spills,
+        shared_bytes=shared,
+        resident_blocks=blocks,
+        occupancy=blocks * warps / (PARTITIONS * chip.partition_warps),
+        limited_by=limit,
+        tensor_core_instructions=_count(
+            re.sub(r"\.(64|\d+x\d+x\d+)\b.*", "", name) for name in instructions if TENSOR_CORE.match(name)
+        ),
+        loads=_count(width for width in map(_load_width, instructions) if width),
+        instructions=len(instructions),
+    )
+
+
+def inspect(request: Request) -> list[Inspected]:
+    """Compile all kernels of a request, and judge them."""
+    found = []
+    for specialization in all_specializations(
+        architecture=request.architecture,
+        dtype=request.dtype,
+        head_dim=request.head_dim,
+        options=request.options,
+        operations=request.operations,
+        tiles=request.tiles,
+    ):
+        if request.kernels and specialization.name not in request.kernels:
+            continue
+        code = read(specialization)
+        found.append(Inspected(code, faults(code, specialization)))
+    return found
+
+
+def inspect_all(requests: Sequence[Request], processes: int) -> Iterator[list[Inspected]]:
+    """`inspect` of each request in turn, in fresh processes (in this one if `processes` is 1)."""
+    if processes == 1 or len(requests) < 2:
+        yield from map(inspect, requests)
+        return
+    with ProcessPoolExecutor(min(processes, len(requests)), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(inspect, requests)
+
+
+def resident_blocks(
+    chip: Chip, registers: int, warps: int, shared_bytes: int, tensor_memory: int = 0
+) -> tuple[int, str]:
+    """How many blocks one multiprocessor holds at once, and what keeps more out."""
+    unit = chip.register_unit
+    of_a_warp = -(-max(1, registers) * chip.warp // unit) * unit
+    by_registers = min(chip.partition_warps, chip.registers // of_a_warp)
+    limits = {
+        "registers": PARTITIONS * by_registers // warps,
+        "warps": PARTITIONS * chip.partition_warps // warps,
+        "blocks": chip.blocks,
+    }
+    if warps >= PARTITIONS:  # they spread evenly
+        limits["registers"] = by_registers // -(-warps // PARTITIONS)
+    if shared_bytes:
+        fit = chip.shared_bytes // (shared_bytes + chip.reserved_bytes)
+        limits["shared memory"] = fit if shared_bytes <= chip.block_bytes else 0
+    if tensor_memory:
+        limits["tensor memory"] = chip.tensor_memory // tensor_memory
+    # Of equal limits the one named last is the kernel's own doing.
+    name = min(reversed(limits), key=lambda name: limits[name])
+    if limits["warps"] == limits[name]:
+        name = "warps"
+    return limits[name], name
+
+
+def may_spill(bits: int, head_dim: int) -> bool:
+    """Whether the table may list tiles that spill, as there may be no others."""
+    return bits == 32 or head_dim > 128
+
+
+def faults(code: MachineCode, specialization: Specialization) -> list[str]:
+    """What must not be: spills, products without tensor cores, narrow loads of rows, too much shared memory.
+
+    16-bit types up to a head size of 128 may not spill at all; others no more than the table of tiles
+    records (nothing where it records nothing).
+    """
+    chip, bits = CHIPS[code.architecture], specialization.bits
+    found = []
+    allowed = 0
+    if specialization.tile is not None and may_spill(bits, code.head_dim):
+        row = tiles.table_row(code.kernel, architecture=code.architecture, bits=bits, head_dim=code.head_dim)
+        allowed = row.spill_bytes or 0 if row and row.tile == specialization.tile else 0
+    if code.spill_bytes > allowed:
+        found.append(f"spills {code.spill_bytes} bytes a thread, {allowed} allowed")
+    if specialization.multiplies and not any(
+        name.startswith(chip.tensor_core) for name in code.tensor_core_instructions
+    ):
+        found.append(
+            f"has no {chip.tensor_core} instruction, found {code.tensor_core_instructions or 'none'}"
+        )
+    if specialization.gathers and not code.loads.get(16):
+        found.append(f"has no 16-byte load, found {code.loads}")
+    elif specialization.gathers and bits == 16 and code.loads.get(2):
+        found.append(f"loads single elements, found {code.loads}")
+    most = SMALL_SHARED_BYTES if code.architecture == "sm_80" else chip.block_bytes
+    if code.shared_bytes > most:
+        found.append(f"takes {code.shared_bytes} bytes of shared memory, a block may have {most}")
+    elif code.resident_blocks < 1:
+        found.append(f"fits no multiprocessor: {code.limited_by}")
+    return found
+
+
+def compile_kernel(specialization: Specialization) -> Any:
+    """Triton's compiled kernel; its `asm` holds every stage, from "ttir" to "cubin" or "amdgcn"."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, chip = specialization.kernel, CHIPS[specialization.architecture]
+    constexprs = dict(specialization.constexprs)
+    types = {**specialization.signature, **dict.fromkeys(constexprs, "constexpr")}
+    source = ASTSource(
+        fn=kernel,
+        signature={name: types[name] for name in kernel.arg_names},
+        constexprs=constexprs,
+        attrs={
+            (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in specialization.divisible
+        },
+    )
+    options = {}
+    if specialization.tile is not None:
+        options = {"num_warps": specialization.tile.warps, "num_stages": specialization.tile.stages}
+    try:
+        return triton.compile(source, target=GPUTarget(*chip.target), options=options)
+    except Exception as error:  # of whatever stage of the compiler: the kernel's name must be in the message
+        raise RuntimeError(f"{specialization} does not compile: {error}") from error
+
+
+# NVIDIA
+
+
+def disassembler() -> Path:
+    """cuobjdump, which Triton's wheel carries."""
+    import triton.backends.nvidia
+
+    return Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+
+
+_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
+
+
+def _read_cubin(cubin: bytes) -> tuple[int, int, list[str]]:
+    """Registers, spill bytes and the names of all instructions."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage, assembly = (
+            subprocess.run(
+                [str(disassembler()), option, str(file)], check=True, capture_output=True, text=True
+            ).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    found = _RESOURCES.search(usage)
+    instructions = _INSTRUCTION.findall(assembly)
+    if found is None or not instructions:
+        raise RuntimeError(f"the disassembler's output was not understood: {usage[:200]!r}")
+    registers, stack = map(int, found.groups())
+    # A frame is where ptxas spills to; an access to local memory without one is counted by its width.
+    local = sum(_width(name) for name in instructions if name.split(".")[0] in ("LDL", "STL"))
+    return registers, stack or local, instructions
+
+
+def _width(name: str) -> int:
+    """Bytes that an instruction such as LDG.E.128.CONSTANT moves for one thread."""
+    for part in name.split("."):
+        if part in ("64", "128", "256"):
+            return int(part) // 8
+        if part in ("U8", "S8", "U16", "S16"):
+            return int(part[1:]) // 8
+    return 4
+
+
+# AMD
+
+
+_AMD_INSTRUCTION = re.compile(r"^\s+((?:[vs]|global|buffer|flat|ds|scratch)_\w+)", re.MULTILINE)
+
+
+def _read_amdgcn(assembly: str) -> tuple[int, int, list[str]]:
+    registers = re.search(r"^; TotalNumVgprs: (\d+)", assembly, re.MULTILINE)
+    scratch = re.search(r"^; ScratchSize: (\d+)", assembly, re.MULTILINE)
+    if registers is None or scratch is None:
+        raise RuntimeError("the AMD compiler's assembly does not state registers and scratch size")
+    return int(registers[1]), int(scratch[1]), _AMD_INSTRUCTION.findall(assembly)
+
+
+_AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}
+
+
+def _load_width(name: str) -> int:
+    """Bytes of a load from device memory, 0 of any other instruction."""
+    if name.split(".")[0] in ("LDG", "LDGSTS"):
+        return _width(name)
+    found = re.match(r"(?:global|buffer|flat)_load_(\w+)", name)
+    if found is None:
+        return 0
+    for kind, width in _AMD_WIDTHS.items():
+        if found[1].startswith(kind):
+            return width
+    return 1 if "byte" in found[1] else 2
+
+
+def _count(things: Iterable[Thing]) -> dict[Thing, int]:
+    return dict(sorted(Counter(things).items()))

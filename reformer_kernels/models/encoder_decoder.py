@@ -1,0 +1,107 @@
+"""An encoder and a causal decoder that attends to what it made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reformer_kernels.models.config import ReformerConfig
+from reformer_kernels.models.files import Saved
+from reformer_kernels.models.generation import evaluating
+from reformer_kernels.models.reformer import Reformer, ReformerLM
+
+
+class ReformerEncoderDecoder(Saved):
+    """A `Reformer` over the source, and a `ReformerLM` over the target whose layers attend to it.
+
+    Args:
+        encoder: of the source; not causal.
+        decoder: of the target; causal, with cross_attention "full" or "lsh". With "lsh", a target token's
+            windows on the source follow the proportion of source and target lengths, so they depend on how
+            long the target is (not on what later tokens are), and `generate` is not offered.
+
+    Raises:
+        ValueError: configurations that do not fit each other.
+
+    >>> sizes = {"vocab_size": 50, "d_model": 32, "layers": ("lsh",), "n_heads": 2}
+    >>> model = ReformerEncoderDecoder(
+    ...     ReformerConfig(**sizes), ReformerConfig(**sizes, causal=True, cross_attention="full")
+    ... )
+    >>> source, target = torch.zeros(1, 90, dtype=torch.int64), torch.zeros(1, 20, dtype=torch.int64)
+    >>> model(source, target).shape, model(source, target, labels=target).shape
+    (torch.Size([1, 20, 50]), torch.Size([]))
+    """
+
+    def __init__(self, encoder: ReformerConfig, decoder: ReformerConfig) -> None:
+        super().__init__()
+        if encoder.causal or encoder.cross_attention is not None:
+            raise ValueError("the encoder must have causal=False and cross_attention=None")
+        if not decoder.causal or decoder.cross_attention is None:
+            raise ValueError('the decoder must have causal=True and cross_attention="full" or "lsh"')
+        if decoder.size_of_memory != encoder.d_out:
+            raise ValueError(
+                f"the decoder expects a memory of width {decoder.size_of_memory}, the encoder's is "
+                f"{encoder.d_out}; give the decoder memory_dim={encoder.d_out}"
+            )
+        self.encoder = Reformer(encoder)
+        self.decoder = ReformerLM(decoder)
+
+    def config_dict(self) -> dict[str, Any]:
+        return {"encoder": self.encoder.config_dict(), "decoder": self.decoder.config_dict()}
+
+    @classmethod
+    def from_config_dict(cls, config: dict[str, Any]) -> ReformerEncoderDecoder:
+        sides = (ReformerConfig.from_dict(config[side]) for side in ("encoder", "decoder"))
+        return cls(*sides)
+
+    def tie_weights(self) -> None:
+        self.decoder.tie_weights()
+
+    def forward(
+        self,
+        source: Tensor,
+        target: Tensor,
+        *,
+        labels: Tensor | None = None,
+        shift_labels: bool | None = None,
+        source_padding_mask: Tensor | None = None,
+        target_padding_mask: Tensor | None = None,
+        n_hashes: int | None = None,
+    ) -> Tensor:
+        """Logits (B, L, V) of the target's next tokens; with labels the loss, as `ReformerLM` has it.
+
+        source (B, L_s) int64 and target (B, L) int64 of any lengths; the masks bool, True = padding;
+        n_hashes: of all LSH layers in this call.
+        """
+        memory = self.encoder(source, key_padding_mask=source_padding_mask, n_hashes=n_hashes)
+        out: Tensor = self.decoder(
+            target,
+            labels=labels,
+            shift_labels=shift_labels,
+            key_padding_mask=target_padding_mask,
+            n_hashes=n_hashes,
+            memory=memory,
+            memory_padding_mask=source_padding_mask,
+        )
+        return out
+
+    def generate(
+        self,
+        source: Tensor,
+        prompt: Tensor,
+        max_new_tokens: int,
+        *,
+        source_padding_mask: Tensor | None = None,
+        **options: Any,
+    ) -> list[Tensor]:
+        """New target tokens after each row of `prompt` (B, L), given the source: see `generation.generate`.
+
+        Needs cross_attention "full". The source is encoded once, with padding rows as in the call.
+        """
+        with evaluating(self), torch.no_grad():
+            memory = self.encoder(source, key_padding_mask=source_padding_mask)
+        return self.decoder.generate(
+            prompt, max_new_tokens, memory=memory, memory_padding_mask=source_padding_mask, **options
+        )
