@@ -34,7 +34,7 @@ def make_model(kind: LayerKind) -> ReformerLM:
             vocab_size=VOCABULARY,
             d_model=WIDTH,
             layers=(kind,) * LAYERS,
-            n_heads=HEADS,
+            num_heads=HEADS,
             causal=True,
             lsh=one_chunk,
             positions="sinusoidal",

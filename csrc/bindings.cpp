@@ -137,7 +137,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
 
   Fields<AttentionRule>(m, "AttentionRule")
-      .field("bucket_window", &AttentionRule::bucket_window)
+      .field("rank_window", &AttentionRule::rank_window)
       .field("chunk_length", &AttentionRule::chunk_length)
       .field("chunks_before", &AttentionRule::chunks_before)
       .field("chunks_after", &AttentionRule::chunks_after)

@@ -71,7 +71,7 @@ enum class KeyNorm : int32_t { kNone = 0, kRms = 1, kL2 = 2 };
 
 // Which keys a query sees: see reformer_kernels.config.AttentionRule, whose fields these are.
 struct AttentionRule {
-  bool bucket_window = false;
+  bool rank_window = false;
   int64_t chunk_length = 0, chunks_before = 0, chunks_after = 0;
   int64_t window_before = 0, window_after = 0;
   bool bucket_mask = false, causal = false, exclude_self = false, correct_duplicates = false, ring = false;
@@ -83,7 +83,7 @@ struct AttentionRule {
 //
 // Where key_order is given, keys are sorted apart from the queries, and a query's window lies around its
 // cursor: the number of sorted keys not after (its bucket, its position i if causal, else i * Lk / L). Such a
-// rule has bucket_window, no ring and no exclude_self. Elsewhere Lk = L, and padding keys are queries too.
+// rule has rank_window, no ring and no exclude_self. Elsewhere Lk = L, and padding keys are queries too.
 struct AttentionParams {
   int64_t B = 0, H = 0, L = 0, Lk = 0, D = 0, Dv = 0, R = 0;
   DType dtype = DType::kFloat32;

@@ -53,7 +53,7 @@ def instances(
     found = []
     for r in range(R):
         rank = list(order[r]).index(i)
-        if rule.bucket_window:
+        if rule.rank_window:
             places = [
                 (r, p) for p in range(rank - rule.window_before, rank + rule.window_after + 1) if 0 <= p < L
             ]

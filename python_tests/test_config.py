@@ -166,7 +166,7 @@ def test_short_sequences_have_one_round_in_chunks_only() -> None:
 def test_rule_of_chunks() -> None:
     config = LSHConfig(chunk_length=8, chunks_before=2, chunks_after=1, causal=True)
     assert resolve_rule(config, 9) == AttentionRule(
-        bucket_window=False,
+        rank_window=False,
         chunk_length=8,
         chunks_before=2,
         chunks_after=1,
@@ -192,7 +192,7 @@ def test_rule_of_chunks() -> None:
 def test_rule_of_bucket_windows(causal: bool, before: int, after: int) -> None:
     config = LSHConfig.trax(window="bucket", bucket_window=7, causal=causal)
     rule = resolve_rule(config, 3)
-    assert rule.bucket_window and rule.bucket_mask and not rule.ring
+    assert rule.rank_window and rule.bucket_mask and not rule.ring
     assert (rule.window_before, rule.window_after) == (before, after)
 
 

@@ -146,7 +146,7 @@ def check_rotations(rotations: Tensor, x: Tensor, *, width: int, rounds: int | N
     ):
         raise ValueError(
             f"rotations must be (heads or 1, head_dim, n_hashes, width) = {wanted}, got shape "
-            f"{tuple(rotations.shape)}; draw them with sample_rotations(config, heads, head_dim, seed)"
+            f"{tuple(rotations.shape)}; draw them with sample_rotations(config, num_heads, head_dim, seed)"
         )
 
 

@@ -219,7 +219,7 @@ class AttentionRule:
     Keys of the query at rank i of round r are those at ring positions [lo, hi), where the ring is
     all rounds' sorted orders one after the other (ring position = r * L + rank):
 
-    - window "chunks" (`bucket_window` False): lo = (c - chunks_before) * chunk_length,
+    - window "chunks" (`rank_window` False): lo = (c - chunks_before) * chunk_length,
       hi = (c + 1 + chunks_after) * chunk_length for the chunk c = i // chunk_length, in units that
       skip the missing part of a short last chunk;
     - window "bucket": lo = i - window_before, hi = i + window_after + 1, within i's own bucket;
@@ -230,7 +230,7 @@ class AttentionRule:
     Then, by original positions, `causal` drops keys after the query and `exclude_self` the query.
     """
 
-    bucket_window: bool
+    rank_window: bool
     chunk_length: int
     chunks_before: int
     chunks_after: int
@@ -260,7 +260,7 @@ def resolve_rule(config: LSHConfig, length: int, *, shared_qk: bool = True) -> A
     w = config.window_size
     window_before, window_after = (w, 0) if config.causal else (w // 2, w - w // 2)
     return AttentionRule(
-        bucket_window=by_bucket,
+        rank_window=by_bucket,
         chunk_length=config.chunk_length,
         chunks_before=0 if short or by_bucket else config.chunks_before,
         chunks_after=0 if short or by_bucket else config.chunks_after,
@@ -299,7 +299,7 @@ def resolve_cross_rule(config: LSHConfig, key_length: int) -> AttentionRule:
     """
     every, w = sees_all(config, key_length), config.window_size
     return AttentionRule(
-        bucket_window=True,
+        rank_window=True,
         chunk_length=config.chunk_length,
         chunks_before=0,
         chunks_after=0,
@@ -315,7 +315,7 @@ def resolve_cross_rule(config: LSHConfig, key_length: int) -> AttentionRule:
 
 
 def local_config(
-    chunk_length: int, chunks_before: int, chunks_after: int, *, causal: bool, wrap: bool
+    chunk_length: int, chunks_before: int, chunks_after: int, *, causal: bool, ring: bool
 ) -> LSHConfig:
     """Local attention, see `functional.local_attention`, as one round in order of position."""
     return LSHConfig(
@@ -326,7 +326,7 @@ def local_config(
         causal=causal,
         attend_across_buckets=True,
         correct_duplicates=False,
-        ring="rounds" if wrap else "none",
+        ring="rounds" if ring else "none",
         key_norm="none",
     )
 

@@ -52,7 +52,7 @@ def cases(context: Context) -> list[tuple[str, Callable[[], Row]]]:
         add(hash_, dtype=F32, factors=(4, 6), padding=True)
         add(sort, n_buckets=20, L=70)
         add(attention, preset="paper", causal=True, dtype=F32, D=16, L=37, padding="some", dropout=0.2)
-        add(local, causal=False, wrap=True, dtype=F32, D=16)
+        add(local, causal=False, ring=True, dtype=F32, D=16)
         return list(found.items())
 
     # A transposed operand that came from an earlier product has been seen to go wrong on Hopper: dK and dV.
@@ -84,8 +84,8 @@ def cases(context: Context) -> list[tuple[str, Callable[[], Row]]]:
     add(attention, preset="paper", causal=True, dtype=BF16, D=64, Dv=32, L=333)
     add(attention, preset="paper", causal=True, dtype=BF16, D=64, L=1000, heads=40)
     add(attention, preset="paper", causal=True, dtype=F32, D=64, L=515, tf32=True)
-    for causal, wrap, dtype, D in ((False, True, BF16, 64), (True, False, F32, 64), (False, False, F16, 128)):
-        add(local, causal=causal, wrap=wrap, dtype=dtype, D=D)
+    for causal, ring, dtype, D in ((False, True, BF16, 64), (True, False, F32, 64), (False, False, F16, 128)):
+        add(local, causal=causal, ring=ring, dtype=dtype, D=D)
     add(whole_call, dtype=BF16, D=64)
     add(residual, dtype=BF16)
     return list(found.items())
@@ -206,7 +206,7 @@ def attention(
     )
 
 
-def local(context: Context, *, causal: bool, wrap: bool, dtype: torch.dtype, D: int) -> Row:
+def local(context: Context, *, causal: bool, ring: bool, dtype: torch.dtype, D: int) -> Row:
     B, H, L = context.pick((2, 3, 777), (1, 1, 37))
     leaves = inputs(context, dtype, *[(B, H, L, D)] * 3)
     mask = (torch.rand(B, L, generator=torch.Generator().manual_seed(3)) < 0.2).to(context.device)
@@ -216,7 +216,7 @@ def local(context: Context, *, causal: bool, wrap: bool, dtype: torch.dtype, D: 
             *x,
             chunk_length=context.pick(64, 16),
             causal=causal,
-            wrap=wrap,
+            ring=ring,
             key_padding_mask=mask,
             backend=backend,
             return_lse=True,

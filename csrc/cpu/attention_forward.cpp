@@ -172,7 +172,7 @@ class ForwardWorker {
       // Panels that no row may see, such as padding, are left out: then lanes are not counted from the first
       // key.
       const bool gapless = met[count - 1] - met[0] + 1 == count;
-      float sum = p_.rule.bucket_window && gapless ? sum_from_first_key(i, met[0], count, row)
+      float sum = p_.rule.rank_window && gapless ? sum_from_first_key(i, met[0], count, row)
                                                    : sum_of_lanes(sums[i - begin]);
       if (maximum == -kInfinity && sees_any<kCompare>(group, i)) sum = __builtin_nanf("");
       if (factors_)

@@ -54,14 +54,14 @@ static inline Plan make_plan(const AttentionParams& p) {
   plan.tiles = ceil_div(p.L, kTileRows);
   plan.d_padded = round_up(p.D, kLanes);
   plan.dv_padded = round_up(p.Dv, kLanes);
-  plan.compares_buckets = rule.bucket_mask && !rule.bucket_window && rule.ring &&
+  plan.compares_buckets = rule.bucket_mask && !rule.rank_window && rule.ring &&
                           max_of(rule.chunks_before, rule.chunks_after) > (p.R - 1) * plan.chunks;
   plan.inside_bucket = rule.bucket_mask && !plan.compares_buckets;
   plan.sorts_positions =
-      rule.causal && !plan.inside_bucket && !rule.bucket_window && rule.chunk_length % kTileRows == 0;
+      rule.causal && !plan.inside_bucket && !rule.rank_window && rule.chunk_length % kTileRows == 0;
   // How far a tile's keys reach below its first and above its last query.
   int64_t below, above;
-  if (rule.bucket_window) {
+  if (rule.rank_window) {
     below = rule.window_before;
     above = rule.window_after + 1;
     plan.before = static_cast<int32_t>(min_of(rule.window_before, p.Lk)) - (plan.separate ? 1 : 0);
@@ -78,7 +78,7 @@ static inline Plan make_plan(const AttentionParams& p) {
   const int64_t needed = ceil_div(below + kTileRows + above, kPanel) + 2 * kTileRows / kPanel;
   // In a bucket window all logits of a row are held at once (up to a size): its sum then does not depend
   // on where in the tile the row lies, so appending tokens changes no bit of earlier outputs.
-  plan.block_panels = min_of<int64_t>(needed, rule.bucket_window ? 65536 / kPanel : 512 / kPanel);
+  plan.block_panels = min_of<int64_t>(needed, rule.rank_window ? 65536 / kPanel : 512 / kPanel);
   plan.cached_panels = 1;
   while (plan.cached_panels < max_of(plan.block_panels, min_of<int64_t>(needed, 1024 / kPanel)))
     plan.cached_panels *= 2;
@@ -217,7 +217,7 @@ static inline Status write_codes(const AttentionParams& p, const Plan& plan, con
     } else {
       for (int64_t rank = begin; rank < end; ++rank)
         head.codes[order[rank] * p.R + round] =
-            code(p.rule.bucket_window ? rank : rank / p.rule.chunk_length);
+            code(p.rule.rank_window ? rank : rank / p.rule.chunk_length);
     }
   }
   const bool meets_again = p.R > 1 || p.rule.ring;
@@ -367,7 +367,7 @@ static inline void make_tile(const AttentionParams& p, const Plan& plan, const H
     const int64_t own = ring_start + (plan.separate ? head.cursors[round * p.L + rank] : rank);
     const int64_t own_end = own + (plan.separate ? 0 : 1);
     int64_t low, high;
-    if (rule.bucket_window) {
+    if (rule.rank_window) {
       low = max_of(own - rule.window_before, ring_start);
       high = min_of(own_end + rule.window_after, ring_start + length);
     } else {

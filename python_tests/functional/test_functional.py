@@ -217,9 +217,9 @@ def test_the_unchanged_call_is_right() -> None:
             ValueError,
             "chunk_length must be an integer in 1",
         ),
-        (lambda x: F.local_attention(x, x, x, wrap=1), ValueError, "wrap must be True or False, got 1"),  # type: ignore[call-overload]
+        (lambda x: F.local_attention(x, x, x, ring=1), ValueError, "ring must be True or False, got 1"),  # type: ignore[call-overload]
         (lambda x: F.local_attention(x, x, x, scale=-1), ValueError, "scale must be a finite number"),
-        (lambda x: F.sample_rotations(CONFIG, 0, 4, 0), ValueError, "heads must be an integer in 1"),
+        (lambda x: F.sample_rotations(CONFIG, 0, 4, 0), ValueError, "num_heads must be an integer in 1"),
         (
             lambda x: F.sample_rotations(CONFIG, 2, 300, 0),
             ValueError,

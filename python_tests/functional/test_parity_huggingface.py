@@ -159,7 +159,7 @@ def test_local_attention_equals_local_self_attention(
         chunks_before=before,
         chunks_after=after,
         causal=causal,
-        wrap=True,
+        ring=True,
         key_padding_mask=mask,
     )
     layer = LocalSelfAttention(
@@ -176,6 +176,6 @@ def test_local_attention_equals_local_self_attention(
 
 def test_wrap_matters() -> None:
     q, k, v = (normal(B, H, 24, D, seed=s) for s in range(3))
-    wrapped, clipped = (F.local_attention(q, k, v, chunk_length=8, wrap=w) for w in (True, False))
+    wrapped, clipped = (F.local_attention(q, k, v, chunk_length=8, ring=w) for w in (True, False))
     assert torch.equal(wrapped[:, :, 8:], clipped[:, :, 8:])
     assert not torch.isclose(wrapped[:, :, :8], clipped[:, :, :8]).all(-1).any()

@@ -292,7 +292,7 @@ def public_functions() -> None:
     for backend in ("triton", "reference"):
         found.append(
             [
-                F.local_attention(q, k, v, chunk_length=8, wrap=True, backend=backend),
+                F.local_attention(q, k, v, chunk_length=8, ring=True, backend=backend),
                 F.lsh_cross_attention(
                     q, k[:, :, :25], v[:, :, :25], LSHConfig(n_hashes=2, bucket_window=6), seed=0,
                     backend=backend,

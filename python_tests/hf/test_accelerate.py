@@ -278,7 +278,7 @@ def test_the_report_and_wrong_use(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="backend must be one of"):
         hf.accelerate(whole, backend="fast")
     monkeypatch.delitem(sys.modules, "reformer_kernels.hf.layers")
-    monkeypatch.delattr(hf, "_layers")
+    monkeypatch.delattr(hf, "layers")
     monkeypatch.setitem(sys.modules, "transformers.models.reformer", None)
     with pytest.raises(ImportError, match="pip install transformers"):
         hf.accelerate(whole)

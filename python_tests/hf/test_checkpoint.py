@@ -169,7 +169,7 @@ def test_our_own_models_go_to_transformers(tmp_path: Path) -> None:
     config = ReformerConfig(
         vocab_size=40,
         d_model=12,
-        n_heads=H,
+        num_heads=H,
         head_dim=D,
         layers=("local", "lsh"),
         lsh=LSHConfig.trax(n_hashes=3, chunk_length=8, bucket_factors=(4, 4)),

@@ -16,7 +16,7 @@ CONFIG = ReformerConfig(
     vocab_size=20,
     d_model=16,
     layers=("local", "lsh"),
-    n_heads=2,
+    num_heads=2,
     causal=True,
     lsh=LSHConfig.trax(bucket_factors=(4, 8), chunk_length=8),
     axial_shape=(8, 16),
@@ -79,7 +79,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     refused("it lacks class, config")
     config: dict[str, Any] = contents["config"]
     for wrong, message in [
-        ({"d_model": 15}, "d_model must be a multiple of n_heads"),
+        ({"d_model": 15}, "d_model must be a multiple of num_heads"),
         ({"colour": 1}, "unknown colour"),
         ({"d_model": 32, "axial_dims": (8, 24)}, "size mismatch"),
         ({"layers": ("local", "lsh", "lsh")}, "Missing key"),

@@ -22,7 +22,7 @@ SMALL = ReformerConfig(
     vocab_size=11,
     d_model=16,
     layers=("lsh", "local", "full", "lsh"),
-    n_heads=2,
+    num_heads=2,
     d_ff=24,
     causal=True,
     lsh=BUCKET,
@@ -139,11 +139,11 @@ def layer_call(layer: LSHSelfAttention, x: Tensor, config: LSHConfig, rotations:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "wrap"), [(1, 0, False), (0, 0, True), (2, 1, True), (3, 0, True)]
+    ("before", "after", "ring"), [(1, 0, False), (0, 0, True), (2, 1, True), (3, 0, True)]
 )
-def test_local_windows_are_those_of_the_prefix(before: int, after: int, wrap: bool) -> None:
+def test_local_windows_are_those_of_the_prefix(before: int, after: int, ring: bool) -> None:
     layer = LocalSelfAttention(
-        16, 2, chunk_length=4, chunks_before=before, chunks_after=after, causal=True, wrap=wrap, scale=0.7
+        16, 2, chunk_length=4, chunks_before=before, chunks_after=after, causal=True, ring=ring, scale=0.7
     ).double()
     x = normal(1, 40, 16)
     for start in (1, 4, 10):

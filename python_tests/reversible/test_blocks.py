@@ -38,7 +38,7 @@ def test_gradients_equal_ordinary(depth: int, dropout: float, training: bool) ->
     x = streams()
     inputs = [x, *layers.parameters()]
     ours = gradients(lambda: weigh(layers(x)), inputs)
-    assert_same(ours, gradients(lambda: weigh(layers.ordinary(x)), inputs))
+    assert_same(ours, gradients(lambda: weigh(layers.plain(x)), inputs))
     torch.manual_seed(1)
     weigh(layers(x)).backward()
     for tensor, grad in zip(inputs, ours[1], strict=True):
@@ -54,7 +54,7 @@ def test_pair_of_streams_and_shared_start() -> None:
         return weigh(y1) + 2 * weigh(y2)
 
     inputs = [x, *layers.parameters()]
-    assert_same(gradients(lambda: loss(layers), inputs), gradients(lambda: loss(layers.ordinary), inputs))
+    assert_same(gradients(lambda: loss(layers), inputs), gradients(lambda: loss(layers.plain), inputs))
 
 
 @pytest.mark.parametrize("used", [0, 1])
@@ -64,7 +64,7 @@ def test_part_of_the_outputs(used: int) -> None:
     inputs = [x, *layers.parameters()]
     assert_same(
         gradients(lambda: weigh(layers(x.chunk(2, -1))[used]), inputs),
-        gradients(lambda: weigh(layers.ordinary(x.chunk(2, -1))[used]), inputs),
+        gradients(lambda: weigh(layers.plain(x.chunk(2, -1))[used]), inputs),
     )
 
 
@@ -72,7 +72,7 @@ def test_part_of_the_inputs_of_grad() -> None:
     layers = sequence(4)
     x = streams()
     last = list(layers.blocks[3].parameters())
-    assert_same(gradients(lambda: weigh(layers(x)), last), gradients(lambda: weigh(layers.ordinary(x)), last))
+    assert_same(gradients(lambda: weigh(layers(x)), last), gradients(lambda: weigh(layers.plain(x)), last))
 
 
 def test_extra_arguments_with_gradients() -> None:
@@ -88,7 +88,7 @@ def test_extra_arguments_with_gradients() -> None:
     ours = gradients(lambda: loss(layers), inputs)
     assert ours[1][1] is not None
     assert ours[1][1].abs().max() > 0
-    assert_same(ours, gradients(lambda: loss(layers.ordinary), inputs))
+    assert_same(ours, gradients(lambda: loss(layers.plain), inputs))
 
 
 def test_route_sends_arguments_to_one_part() -> None:
@@ -98,7 +98,7 @@ def test_route_sends_arguments_to_one_part() -> None:
         layers = ReversibleSequence([parts if route == "f" else parts[::-1]], route=route)
         x = streams()
         assert not torch.equal(layers(x, bias), layers(x))
-        torch.testing.assert_close(layers(x, bias), layers.ordinary(x, bias), rtol=0, atol=0)
+        torch.testing.assert_close(layers(x, bias), layers.plain(x, bias), rtol=0, atol=0)
 
 
 def test_frozen_parameters() -> None:
@@ -110,7 +110,7 @@ def test_frozen_parameters() -> None:
         inputs = [t for t in [x, *layers.parameters()] if t.requires_grad]
         assert_same(
             gradients(lambda x=x: weigh(layers(x)), inputs),
-            gradients(lambda x=x: weigh(layers.ordinary(x)), inputs),
+            gradients(lambda x=x: weigh(layers.plain(x)), inputs),
         )
     layers.requires_grad_(False)
     assert not layers(streams().detach()).requires_grad
@@ -127,7 +127,7 @@ def test_shared_parameters_and_a_block_used_twice() -> None:
     inputs = [x, *layers.parameters()]
     assert_same(
         gradients(lambda: weigh(layers(layers(x))), inputs),
-        gradients(lambda: weigh(layers.ordinary(layers.ordinary(x))), inputs),
+        gradients(lambda: weigh(layers.plain(layers.plain(x))), inputs),
     )
 
 
@@ -138,7 +138,7 @@ def test_sequence_in_a_sequence() -> None:
     x = streams()
     inputs = [x, *layers.parameters()]
     assert_same(
-        gradients(lambda: weigh(layers(x)), inputs), gradients(lambda: weigh(layers.ordinary(x)), inputs)
+        gradients(lambda: weigh(layers(x)), inputs), gradients(lambda: weigh(layers.plain(x)), inputs)
     )
 
 
@@ -176,7 +176,7 @@ def test_auxiliary_losses() -> None:
     for use_streams, which in ((True, everything), (False, everything), (False, [(0, 0)]), (False, [(2, 0)])):
         assert_same(
             gradients(lambda u=use_streams, w=which: loss(layers, u, w), inputs),
-            gradients(lambda u=use_streams, w=which: loss(layers.ordinary, u, w), inputs),
+            gradients(lambda u=use_streams, w=which: loss(layers.plain, u, w), inputs),
         )
 
 
@@ -190,7 +190,7 @@ def test_auxiliary_results_do_not_change_with_the_streams() -> None:
     for context in (contextlib.nullcontext(), torch.no_grad()):
         with context:
             _, auxiliary = layers(x)
-            _, expected = layers.ordinary(x)
+            _, expected = layers.plain(x)
         for ours, theirs in zip(auxiliary, expected, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
@@ -217,7 +217,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     # The backward pass runs outside autocast, and must recompute as within.
     assert [d for d, _ in seen] == [torch.bfloat16] * 2
     torch.testing.assert_close(seen[0][1], seen[1][1], rtol=0, atol=2e-2)
-    theirs = gradients(lambda: loss(layers.ordinary), inputs)
+    theirs = gradients(lambda: loss(layers.plain), inputs)
     # Rebuilding in float32 changes some bfloat16 roundings.
     for a, b in zip(ours[1], theirs[1], strict=True):
         assert (a.float() - b.float()).norm() <= 1e-2 * b.float().norm()
@@ -226,7 +226,7 @@ def test_autocast(dtype: torch.dtype) -> None:
 def test_autocast_off_in_forward_stays_off() -> None:
     layers = ReversibleSequence([(feed_forward(0.0, torch.float32), feed_forward(0.0, torch.float32))])
     x = streams(torch.float32)
-    y, plain = weigh(layers(x)), weigh(layers.ordinary(x))
+    y, plain = weigh(layers(x)), weigh(layers.plain(x))
     with torch.autocast("cpu", torch.bfloat16):
         ours = torch.autograd.grad(y, [x])
         # Its own arithmetic is under autocast here, in the ordinary graph too; the recomputation is not.
@@ -254,7 +254,7 @@ def test_compute_dtype() -> None:
     y = layers(x)
     assert y.dtype == torch.float32
     inputs = [x, *layers.parameters()]
-    theirs = torch.autograd.grad(weigh(layers.ordinary(x)), inputs)
+    theirs = torch.autograd.grad(weigh(layers.plain(x)), inputs)
     for a, b in zip(torch.autograd.grad(weigh(y), inputs), theirs, strict=True):
         assert a.dtype == b.dtype
         assert (a - b).float().norm() <= 2e-2 * b.float().norm()
@@ -274,14 +274,14 @@ def test_random_state_goes_on_as_if_nothing_had_been_recomputed() -> None:
         weigh(y).backward()
         return [*states, torch.get_rng_state()]
 
-    assert all(map(torch.equal, after(layers), after(layers.ordinary)))
+    assert all(map(torch.equal, after(layers), after(layers.plain)))
 
 
 def test_without_random_state_dropout_differs() -> None:
     layers = sequence(3, 0.5, preserve_random_state=False)
     x = streams()
     ours = gradients(lambda: weigh(layers(x)), [x])
-    theirs = gradients(lambda: weigh(layers.ordinary(x)), [x])
+    theirs = gradients(lambda: weigh(layers.plain(x)), [x])
     torch.testing.assert_close(ours[0], theirs[0])
     assert (ours[1][0] - theirs[1][0]).abs().max() > 1e-3
 
@@ -300,7 +300,7 @@ def test_batch_norm_counts_each_step_once() -> None:
     x = streams()
     for _ in range(2):
         weigh(layers(x)).backward()
-        weigh(other.ordinary(x)).backward()
+        weigh(other.plain(x)).backward()
     for (name, ours), theirs in zip(layers.state_dict().items(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=name)
     assert int(layers.blocks[0].f.norm.num_batches_tracked) == 2
@@ -317,7 +317,7 @@ def test_recurrent_modules_that_list_their_parameters() -> None:
     x = streams()
     inputs = [x, *layers.parameters()]
     assert_same(
-        gradients(lambda: weigh(layers(x)), inputs), gradients(lambda: weigh(layers.ordinary(x)), inputs)
+        gradients(lambda: weigh(layers(x)), inputs), gradients(lambda: weigh(layers.plain(x)), inputs)
     )
 
 
@@ -333,7 +333,7 @@ def test_functional_call() -> None:
     inputs = [x, *values.values()]
     ours = gradients(lambda: loss(lambda v: torch.func.functional_call(layers, v, (x,))), inputs)
     ordinary = copy.deepcopy(layers)
-    ordinary.forward = ordinary.ordinary
+    ordinary.forward = ordinary.plain
     theirs = gradients(lambda: loss(lambda v: torch.func.functional_call(ordinary, v, (x,))), inputs)
     assert_same(ours, theirs)
 
@@ -361,7 +361,7 @@ def test_training_steps_equal_ordinary() -> None:
     layers = sequence(3, 0.2)
     other = copy.deepcopy(layers)
     x = streams().detach()
-    for call, module in ((layers, layers), (other.ordinary, other)):
+    for call, module in ((layers, layers), (other.plain, other)):
         optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
         torch.manual_seed(5)
         for _ in range(3):
@@ -388,7 +388,7 @@ def test_identity_and_constant_parts() -> None:
     x = streams()
     inputs = [x, *layers.parameters()]
     assert_same(
-        gradients(lambda: weigh(layers(x)), inputs), gradients(lambda: weigh(layers.ordinary(x)), inputs)
+        gradients(lambda: weigh(layers(x)), inputs), gradients(lambda: weigh(layers.plain(x)), inputs)
     )
     assert torch.equal(constant, constant.clone())
 
@@ -432,7 +432,7 @@ def test_remembered_choices_are_replayed_where_asked() -> None:
         layers = ReversibleSequence([(Chooses(), Chooses()) for _ in range(2)], keep_layouts=keep)
         ours = gradients(lambda layers=layers: weigh(layers(x)), [x])
         assert len(made) == expected
-        assert_same(ours, gradients(lambda layers=layers: weigh(layers.ordinary(x)), [x]))
+        assert_same(ours, gradients(lambda layers=layers: weigh(layers.plain(x)), [x]))
 
 
 @pytest.mark.parametrize("residual", ["float", "exact"])
@@ -448,5 +448,5 @@ def test_memory_does_not_grow_with_depth(residual: Any) -> None:
         peaks.append(peak_allocated(lambda layers=layers: weigh(layers(x)).backward()))
     # What grows: two random-number states of 5 KB a block.
     assert peaks[1] - 9 * 2 * 5200 <= 1.1 * peaks[0], peaks
-    peaks.append(peak_allocated(lambda: weigh(layers.ordinary(x)).backward()))
+    peaks.append(peak_allocated(lambda: weigh(layers.plain(x)).backward()))
     assert peaks[2] > 2 * peaks[1], peaks

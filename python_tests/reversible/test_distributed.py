@@ -55,7 +55,7 @@ class Model(nn.Module):
         self.is_ordinary = False
 
     def forward(self, x: Tensor) -> Tensor:
-        call = self.layers.ordinary if self.is_ordinary else self.layers
+        call = self.layers.plain if self.is_ordinary else self.layers
         y, auxiliary = call(self.embed(x), self.shift)
         return self.head(y).square().mean() + sum(loss for losses in auxiliary for loss in losses)
 

@@ -125,7 +125,7 @@ def test_failed_hook_between_blocks_leaves_nothing_damaged() -> None:
         weigh(y).backward(retain_graph=True)
     handle.remove()
     again = torch.autograd.grad(weigh(y), inputs)
-    assert_same((y, list(again)), (y, list(torch.autograd.grad(weigh(layers.ordinary(x)), inputs))))
+    assert_same((y, list(again)), (y, list(torch.autograd.grad(weigh(layers.plain(x)), inputs))))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_failed_hook_between_blocks_leaves_nothing_damaged() -> None:
 )
 def test_bad_input(x: Any, error: type[Exception], message: str) -> None:
     layers = ReversibleSequence([(nn.Identity(), nn.Identity())])
-    for call in (layers, layers.ordinary):
+    for call in (layers, layers.plain):
         with pytest.raises(error, match=message):
             call(x)
 

@@ -69,7 +69,7 @@ def test_float_mode_with_lsh_attention_equals_ordinary(settings: dict[str, Any])
     x = torch.randn(2, 40, 32, dtype=torch.float64, requires_grad=True)
     inputs = [x, *layers.parameters()]
     results = []
-    for call in (layers, layers.ordinary):
+    for call in (layers, layers.plain):
         torch.manual_seed(1)
         y = call(x)
         results.append([y, *torch.autograd.grad(weigh(y), inputs)])
@@ -150,7 +150,7 @@ def test_gradients_to_within_the_step(scale: float | None) -> None:
     x = streams()
     inputs = [x, *layers.parameters()]
     results = []
-    for call in (layers, layers.ordinary):
+    for call in (layers, layers.plain):
         torch.manual_seed(1)
         y = call(x)
         results.append([y, *torch.autograd.grad(weigh(y), inputs)])
@@ -224,7 +224,7 @@ def test_automatic_scale_follows_the_input() -> None:
     layers = ReversibleSequence([(feed_forward(), feed_forward()) for _ in range(2)], residual="exact")
     for factor in (1e-6, 1.0, 1e6):
         x = (factor * streams().detach()).requires_grad_()
-        y, z = layers(x), layers.ordinary(x)
+        y, z = layers(x), layers.plain(x)
         # A step is 2**-23 of the power of two above the largest input, or above 1.
         step = 2.0**-23 * 2 ** math.ceil(math.log2(max(1.0, x.detach().abs().max())))
         assert 0 < (y - z).abs().max() <= 50 * step * max(1.0, 1 / factor)

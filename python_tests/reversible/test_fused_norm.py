@@ -45,7 +45,7 @@ def test_fused_norms_equal_ordinary(norm: str, residual: Any) -> None:
     inputs = [x, *layers.parameters()]
     assert_same(
         gradients(lambda: weigh(layers(x)), inputs),
-        gradients(lambda: weigh(layers.ordinary(x)), inputs),
+        gradients(lambda: weigh(layers.plain(x)), inputs),
         1e-4,
     )
 
@@ -56,7 +56,7 @@ def test_reference_equals_ordinary(norm: str) -> None:
     x = streams()
     inputs = [x, *layers.parameters()]
     assert_same(
-        gradients(lambda: weigh(layers(x)), inputs), gradients(lambda: weigh(layers.ordinary(x)), inputs)
+        gradients(lambda: weigh(layers(x)), inputs), gradients(lambda: weigh(layers.plain(x)), inputs)
     )
 
 
@@ -78,10 +78,10 @@ def test_bfloat16_gradients_are_as_accurate_as_the_modules() -> None:
         x = streams(torch.bfloat16)
         inputs = [x, *layers.parameters()]
         ours = gradients(lambda: weigh(layers(x)), inputs)[1]  # noqa: B023
-        plain = gradients(lambda: weigh(layers.ordinary(x)), inputs)[1]  # noqa: B023
+        plain = gradients(lambda: weigh(layers.plain(x)), inputs)[1]  # noqa: B023
         doubled = ReversibleSequence(layers.blocks).double()
         y = x.detach().double().requires_grad_()
-        truth = gradients(lambda: weigh(doubled.ordinary(y)), [y, *doubled.parameters()])[1]  # noqa: B023
+        truth = gradients(lambda: weigh(doubled.plain(y)), [y, *doubled.parameters()])[1]  # noqa: B023
         errors = [
             torch.stack([(a - c).norm() for a, c in zip(found, truth, strict=True)]).norm()
             for found in (ours, plain)
@@ -116,7 +116,7 @@ def test_frozen_norms_and_autocast() -> None:
     x = streams(torch.float32)
     inputs = [x, *(p for p in layers.parameters() if p.requires_grad)]
     with torch.autocast("cpu", torch.bfloat16):
-        y, z = layers(x), layers.ordinary(x)
+        y, z = layers(x), layers.plain(x)
     for a, b in zip(
         torch.autograd.grad(weigh(y), inputs), torch.autograd.grad(weigh(z), inputs), strict=True
     ):

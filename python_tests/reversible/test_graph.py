@@ -77,7 +77,7 @@ def test_second_derivative_raises_only_when_asked_for() -> None:
     layers = sequence()
     x = streams()
     (grad,) = torch.autograd.grad(weigh(layers(x)), [x], create_graph=True)
-    torch.testing.assert_close(grad, torch.autograd.grad(weigh(layers.ordinary(x)), [x])[0])
+    torch.testing.assert_close(grad, torch.autograd.grad(weigh(layers.plain(x)), [x])[0])
     with pytest.raises(RuntimeError, match="first derivatives only"):
         grad.square().sum().backward()
 
@@ -102,7 +102,7 @@ def test_hooks_run_once_with_the_whole_gradient() -> None:
     weigh(y).backward()
     for handle in handles:
         handle.remove()
-    plain, inputs = torch.autograd.grad(weigh(layers.ordinary(x)), [weight, x])
+    plain, inputs = torch.autograd.grad(weigh(layers.plain(x)), [weight, x])
     assert {name: len(values) for name, values in seen.items()} == dict.fromkeys(
         ("tensor", "after", "input", "module", "output"), 1
     )
@@ -163,7 +163,7 @@ def test_checkpoint_around(reentrant: bool) -> None:
     torch.manual_seed(1)
     loss().backward()
     inputs = [x, *layers.parameters()]
-    theirs = gradients(lambda: weigh(layers.ordinary(x)), inputs)
+    theirs = gradients(lambda: weigh(layers.plain(x)), inputs)
     for tensor, grad in zip(inputs, theirs[1], strict=True):
         torch.testing.assert_close(tensor.grad, grad, rtol=1e-10, atol=1e-10)
 
@@ -183,7 +183,7 @@ def test_checkpoint_inside() -> None:
     x = streams()
     inputs = [x, *layers.parameters()]
     assert_same(
-        gradients(lambda: weigh(layers(x)), inputs), gradients(lambda: weigh(layers.ordinary(x)), inputs)
+        gradients(lambda: weigh(layers(x)), inputs), gradients(lambda: weigh(layers.plain(x)), inputs)
     )
 
 
@@ -195,7 +195,7 @@ def test_saved_tensor_hooks_see_the_last_streams_only() -> None:
         y = layers(x)
     assert [t.shape for t in packed] == [y.shape]
     torch.testing.assert_close(
-        torch.autograd.grad(weigh(y), [x]), torch.autograd.grad(weigh(layers.ordinary(x)), [x])
+        torch.autograd.grad(weigh(y), [x]), torch.autograd.grad(weigh(layers.plain(x)), [x])
     )
 
 
@@ -215,7 +215,7 @@ def test_without_gradients_the_same_bits(mode: Any) -> None:
 def test_compiled_parts() -> None:
     torch._dynamo.reset()
     layers = sequence(3)
-    expected = gradients(lambda: weigh(layers.ordinary(x)), [x := streams(), *layers.parameters()])
+    expected = gradients(lambda: weigh(layers.plain(x)), [x := streams(), *layers.parameters()])
     for block in layers.blocks:
         block.f.compile(backend="aot_eager")
         block.g.compile(backend="aot_eager")

@@ -92,7 +92,7 @@ def bench_reversible(
         return torch.cat(streams, dim=-1)
 
     steps = {
-        "ordinary": step(layers.ordinary),
+        "ordinary": step(layers.plain),
         "checkpoint": step(checkpointed),
         "reversible float": step(layers),
         "reversible exact": step(exact),
@@ -167,7 +167,7 @@ def reversible_peak(
     blocks = reversible_blocks(depth, width, d_ff, heads, attention)
     is_ordinary = residual == "ordinary"
     layers = ReversibleSequence(blocks, residual="float" if is_ordinary else residual)  # type: ignore[arg-type]
-    call = layers.ordinary if is_ordinary else layers
+    call = layers.plain if is_ordinary else layers
     x = torch.randn(batch, length, 2 * width, requires_grad=True)
     grad = torch.randn_like(x)
     _backward(call(x), grad, x)  # makes the parameters' gradients
@@ -289,7 +289,7 @@ def drift(
         )
         x = torch.randn(1, length, 2 * width).to(dtype).requires_grad_()
         grad = torch.randn(x.shape).to(dtype)
-        base.ordinary(x).backward(grad)
+        base.plain(x).backward(grad)
         truth = [p.grad for p in base.parameters()]
         for residual in ("float", "exact"):
             layers = ReversibleSequence(

@@ -73,7 +73,7 @@ def _our_model(
         vocab_size=VOCABULARY,
         d_model=width,
         layers=(kind,) * layers,
-        n_heads=heads,
+        num_heads=heads,
         d_ff=4 * width,
         causal=True,
         lsh=LSHConfig.trax(n_hashes=n_hashes, chunk_length=chunk),

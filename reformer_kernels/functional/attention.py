@@ -210,7 +210,7 @@ def local_attention(
     chunks_before: int = ...,
     chunks_after: int = ...,
     causal: bool = ...,
-    wrap: bool = ...,
+    ring: bool = ...,
     scale: float | None = ...,
     key_padding_mask: Tensor | None = ...,
     dropout_p: float = ...,
@@ -228,7 +228,7 @@ def local_attention(
     chunks_before: int = ...,
     chunks_after: int = ...,
     causal: bool = ...,
-    wrap: bool = ...,
+    ring: bool = ...,
     scale: float | None = ...,
     key_padding_mask: Tensor | None = ...,
     dropout_p: float = ...,
@@ -246,7 +246,7 @@ def local_attention(
     chunks_before: int = ...,
     chunks_after: int = ...,
     causal: bool = ...,
-    wrap: bool = ...,
+    ring: bool = ...,
     scale: float | None = ...,
     key_padding_mask: Tensor | None = ...,
     dropout_p: float = ...,
@@ -263,7 +263,7 @@ def local_attention(
     chunks_before: int = 1,
     chunks_after: int = 0,
     causal: bool = False,
-    wrap: bool = False,
+    ring: bool = False,
     scale: float | None = None,
     key_padding_mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -276,13 +276,13 @@ def local_attention(
     out_i = sum_j p_ij v_j, p_i = softmax of scale * q_i . k_j over j in i's chunk of `chunk_length` positions
     and in the `chunks_before` before and `chunks_after` after it. A query may see its own position.
 
-    q, k (B, H, L, D); v (B, H, L, Dv). wrap: chunks form a ring (Hugging Face always does), a key met twice
+    q, k (B, H, L, D); v (B, H, L, Dv). ring: chunks form a ring (Hugging Face always does), a key met twice
     on it counts twice; sequences of at most one chunk have no neighbours. scale None: D ** -0.5. The other
     arguments and the results are those of `attend`; a query that sees nothing gets 0, lse -inf.
     """
-    check_flag("wrap", wrap)
+    check_flag("ring", ring)
     # Checks what it shares with this function, under the same names.
-    config = local_config(chunk_length, chunks_before, chunks_after, causal=causal, wrap=wrap)
+    config = local_config(chunk_length, chunks_before, chunks_after, causal=causal, ring=ring)
     check_scale(scale)
     q, v, k_ = check_qkv(q, v, k, k_required=True)
     padding = check_padding(key_padding_mask, q)

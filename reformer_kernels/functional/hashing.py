@@ -32,20 +32,20 @@ from reformer_kernels.ops.hash import rotations as hash_rotations
 
 
 def sample_rotations(
-    config: LSHConfig, heads: int, head_dim: int, seed: Seed = None, *, shared_heads: bool = False
+    config: LSHConfig, num_heads: int, head_dim: int, seed: Seed = None, *, shared_heads: bool = False
 ) -> Tensor:
     """Random rotations for `lsh_hash` and `lsh_layout`: independent normal numbers (section 2 of the paper).
 
     They are drawn on the CPU from `seed`, so that every device and back end sees the same ones.
 
-    -> (heads, or 1 if `shared_heads`, head_dim, config.n_hashes, config.rotation_width) float32, on the CPU.
+    -> (num_heads, or 1 if `shared_heads`, head_dim, config.n_hashes, config.rotation_width) float32, on the CPU.
     """
     check_config(config)
-    check_size("heads", heads, 1, MAX_LENGTH)
+    check_size("num_heads", num_heads, 1, MAX_LENGTH)
     check_size("head_dim", head_dim, 1, MAX_HEAD_DIM)
     check_flag("shared_heads", shared_heads)
     seed = _dispatch.resolve_seed(seed)
-    rows = 1 if shared_heads else heads
+    rows = 1 if shared_heads else num_heads
     return hash_rotations.sample_rotations(seed, rows, head_dim, config.n_hashes, config.rotation_width)
 
 

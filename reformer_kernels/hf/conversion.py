@@ -92,7 +92,7 @@ def config_from(values: Mapping[str, Any], *, backend: str = "auto") -> Reformer
         vocab_size=given["vocab_size"],
         d_model=given["hidden_size"],
         layers=tuple(given["attn_layers"]),
-        n_heads=given["num_attention_heads"],
+        num_heads=given["num_attention_heads"],
         head_dim=given["attention_head_size"],
         d_ff=given["feed_forward_size"],
         activation=ACTIVATIONS[given["hidden_act"]],
@@ -107,7 +107,7 @@ def config_from(values: Mapping[str, Any], *, backend: str = "auto") -> Reformer
         local_chunk_length=given["local_attn_chunk_length"],
         local_chunks_before=given["local_num_chunks_before"],
         local_chunks_after=given["local_num_chunks_after"],
-        local_wrap=True,
+        local_ring=True,
         positions="axial" if axial else "learned",
         max_length=given["max_position_embeddings"],
         axial_shape=tuple(given["axial_pos_shape"]) if axial else None,
@@ -139,7 +139,7 @@ def config_to(model: nn.Module) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
         "attn_layers": list(config.layers),
-        "num_attention_heads": config.n_heads,
+        "num_attention_heads": config.num_heads,
         "attention_head_size": config.size_of_head,
         "feed_forward_size": 4 * config.d_model if config.d_ff is None else config.d_ff,
         "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation),
@@ -216,7 +216,7 @@ def check_expressible(model: nn.Module) -> None:
         ("cross_attention", config.cross_attention, None),
     ]
     if "local" in config.layers and not config.causal:
-        fixed.append(("local_wrap", config.local_wrap, True))
+        fixed.append(("local_ring", config.local_ring, True))
     if isinstance(model, ReformerLM):
         fixed.append(("head_bias", config.head_bias, True))
     wrong = [f"{name} must be {wanted!r}, is {value!r}" for name, value, wanted in fixed if value != wanted]

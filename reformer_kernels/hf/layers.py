@@ -141,7 +141,7 @@ class AcceleratedLocalSelfAttention(peer.LocalSelfAttention):
             chunks_before=self.num_chunks_before,
             chunks_after=self.num_chunks_after,
             causal=self.is_decoder is True,
-            wrap=True,
+            ring=True,
             key_padding_mask=_key_bias(mask),
             dropout_p=_dropout_p(self),
             backend=getattr(self, BACKEND),

@@ -246,7 +246,7 @@ def _window(rule: AttentionRule, rank: Tensor, lengths: Tensor) -> tuple[Tensor,
     place = low[..., None] + steps  # [B, ., R, W]
     visible = (place < high[..., None]).flatten(2)
     place = (place % (R * length[..., None])).flatten(2)
-    short = torch.zeros_like(length, dtype=torch.bool) if rule.bucket_window else length <= rule.chunk_length
+    short = torch.zeros_like(length, dtype=torch.bool) if rule.rank_window else length <= rule.chunk_length
     if short.any():
         number = torch.arange(R * steps.numel(), device=rank.device)
         inside = (number < length) & (number < steps.numel())

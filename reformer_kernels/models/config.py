@@ -35,14 +35,14 @@ class ReformerConfig:
         d_model: d, the size of hidden states.
         layers: the attention of each layer, first to last: "lsh", "local" or "full"; so
             ("local", "lsh") * 3 makes six layers.
-        n_heads, head_dim: H heads of size D; None: d / H.
+        num_heads, head_dim: H heads of size D; None: d / H.
         d_ff: the feed-forward layer's hidden size; None: 4 d.
         activation: of the feed-forward layer, GLU variants included: see `chunked_feed_forward`.
         causal: whether a token sees no later one.
         lsh: how LSH layers hash and attend; its `causal` is replaced by this configuration's. None:
             `LSHConfig()`, with window="bucket" where causal, so that training, evaluation and generation
             token by token see the same keys.
-        local_chunk_length, local_chunks_before, local_chunks_after, local_wrap: of local layers, see
+        local_chunk_length, local_chunks_before, local_chunks_after, local_ring: of local layers, see
             `LocalSelfAttention`.
         positions: "axial", "learned", "sinusoidal" (added to the embedding), "rotary" (in the attention
             layers) or "none".
@@ -87,7 +87,7 @@ class ReformerConfig:
     vocab_size: int
     d_model: int = 256
     layers: tuple[LayerKind, ...] = ("lsh",) * 6
-    n_heads: int = 4
+    num_heads: int = 4
     head_dim: int | None = None
     d_ff: int | None = None
     activation: str = "gelu"
@@ -96,7 +96,7 @@ class ReformerConfig:
     local_chunk_length: int = 64
     local_chunks_before: int = 1
     local_chunks_after: int = 0
-    local_wrap: bool = False
+    local_ring: bool = False
     positions: Positions = "axial"
     max_length: int = 4096
     bucket_length: int | None = None
@@ -125,7 +125,7 @@ class ReformerConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_heads", "max_length"):
+        for name in ("vocab_size", "d_model", "num_heads", "max_length"):
             check_integer(name, getattr(self, name), 1, MAX_SIZE)
         for name in ("head_dim", "d_ff", "ff_chunk_size", "bucket_length", "memory_dim"):
             if getattr(self, name) is not None:
@@ -135,7 +135,7 @@ class ReformerConfig:
         check_integer("local_chunks_before", self.local_chunks_before, 0, MAX_NEIGHBOURS)
         check_integer("local_chunks_after", self.local_chunks_after, 0, MAX_NEIGHBOURS)
         check_integer("seed", self.seed, 0, 2**62)
-        for name in ("causal", "local_wrap", "attention_bias", "attention_out_bias", "keep_layouts"):
+        for name in ("causal", "local_ring", "attention_bias", "attention_out_bias", "keep_layouts"):
             check_flag(name, getattr(self, name))
         for name in ("tie_embeddings", "head_bias"):
             check_flag(name, getattr(self, name))
@@ -173,10 +173,10 @@ class ReformerConfig:
         object.__setattr__(self, "layers", tuple(self.layers))
 
     def _check_sizes(self) -> None:
-        if self.head_dim is None and self.d_model % self.n_heads:
+        if self.head_dim is None and self.d_model % self.num_heads:
             raise ValueError(
-                "d_model must be a multiple of n_heads where head_dim is not given, got d_model "
-                f"{self.d_model} and n_heads {self.n_heads}"
+                "d_model must be a multiple of num_heads where head_dim is not given, got d_model "
+                f"{self.d_model} and num_heads {self.num_heads}"
             )
         if self.positions == "sinusoidal" and self.d_model % 2:
             raise ValueError(f"d_model must be even for sinusoidal positions, got {self.d_model}")
@@ -209,7 +209,7 @@ class ReformerConfig:
     @property
     def size_of_head(self) -> int:
         """D: `head_dim`, else d / H."""
-        return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
+        return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
     def lsh_config(self) -> LSHConfig:

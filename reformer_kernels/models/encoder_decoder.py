@@ -25,7 +25,7 @@ class ReformerEncoderDecoder(Saved):
     Raises:
         ValueError: configurations that do not fit each other.
 
-    >>> sizes = {"vocab_size": 50, "d_model": 32, "layers": ("lsh",), "n_heads": 2}
+    >>> sizes = {"vocab_size": 50, "d_model": 32, "layers": ("lsh",), "num_heads": 2}
     >>> model = ReformerEncoderDecoder(
     ...     ReformerConfig(**sizes), ReformerConfig(**sizes, causal=True, cross_attention="full")
     ... )

@@ -24,7 +24,7 @@ class ReformerClassifier(nn.Module):
     Raises:
         ValueError: n_labels or dropout out of range.
 
-    >>> config = ReformerConfig(vocab_size=100, d_model=32, layers=("lsh",), n_heads=2)
+    >>> config = ReformerConfig(vocab_size=100, d_model=32, layers=("lsh",), num_heads=2)
     >>> ReformerClassifier(config, 3)(torch.zeros(2, 50, dtype=torch.int64)).shape
     torch.Size([2, 3])
     """
@@ -70,7 +70,7 @@ class ReformerQuestionAnswering(nn.Module):
     Args:
         config: sizes and choices, see `ReformerConfig`.
 
-    >>> config = ReformerConfig(vocab_size=100, d_model=32, layers=("lsh",), n_heads=2)
+    >>> config = ReformerConfig(vocab_size=100, d_model=32, layers=("lsh",), num_heads=2)
     >>> start, end = ReformerQuestionAnswering(config)(torch.zeros(2, 50, dtype=torch.int64))
     >>> start.shape, end.shape
     (torch.Size([2, 50]), torch.Size([2, 50]))

@@ -91,7 +91,7 @@ class AttentionPart(nn.Module):
             self.cross_norm = make_norm(config, config.d_model)
             self.cross = CrossAttention(
                 config.d_model,
-                config.n_heads,
+                config.num_heads,
                 memory_dim=config.size_of_memory,
                 config=config.lsh_config if config.cross_attention == "lsh" else None,
                 head_dim=config.size_of_head,
@@ -174,17 +174,17 @@ def make_attention(
     if kind == "lsh":
         # Layers apart, so that two layers do not miss the same neighbours.
         seed = config.seed + number
-        return LSHSelfAttention(config.d_model, config.n_heads, config.lsh_config, seed=seed, **options)
+        return LSHSelfAttention(config.d_model, config.num_heads, config.lsh_config, seed=seed, **options)
     if kind == "full":
-        return FullSelfAttention(config.d_model, config.n_heads, causal=config.causal, **options)
+        return FullSelfAttention(config.d_model, config.num_heads, causal=config.causal, **options)
     return LocalSelfAttention(
         config.d_model,
-        config.n_heads,
+        config.num_heads,
         chunk_length=config.local_chunk_length,
         chunks_before=config.local_chunks_before,
         chunks_after=config.local_chunks_after,
         causal=config.causal,
-        wrap=config.local_wrap,
+        ring=config.local_ring,
         **options,
     )
 

@@ -43,7 +43,7 @@ class Reformer(Saved):
     Raises:
         TypeError: config is not a ReformerConfig.
 
-    >>> model = Reformer(ReformerConfig(vocab_size=100, d_model=32, layers=("local", "lsh"), n_heads=2))
+    >>> model = Reformer(ReformerConfig(vocab_size=100, d_model=32, layers=("local", "lsh"), num_heads=2))
     >>> model(torch.zeros(1, 77, dtype=torch.int64)).shape
     torch.Size([1, 77, 64])
     """
@@ -131,7 +131,7 @@ class Reformer(Saved):
         if position_ids is None and key_padding_mask is not None:
             position_ids = ((~key_padding_mask).cumsum(1) - 1).clamp_min(0)
         x = self.embedding(tokens, position_ids, padding=key_padding_mask)
-        run = self.layers.ordinary if self.config.residual == "plain" else self.layers
+        run = self.layers.plain if self.config.residual == "plain" else self.layers
         streams = run(
             (x, x),
             key_padding_mask,
@@ -212,7 +212,7 @@ class ReformerLM(Saved):
     Args:
         config: sizes and choices, see `ReformerConfig`.
 
-    >>> config = ReformerConfig(vocab_size=100, d_model=32, layers=("lsh",), n_heads=2, causal=True)
+    >>> config = ReformerConfig(vocab_size=100, d_model=32, layers=("lsh",), num_heads=2, causal=True)
     >>> model, tokens = ReformerLM(config), torch.randint(100, (2, 50))
     >>> model(tokens).shape, model(tokens, labels=tokens).shape
     (torch.Size([2, 50, 100]), torch.Size([]))

@@ -295,7 +295,7 @@ class LocalSelfAttention(_Attention):
         chunks_before: chunks before its own that a query sees.
         chunks_after: chunks after its own that a query sees; must be 0 to be of use where causal.
         causal: whether a query sees only positions up to its own.
-        wrap: whether the first chunk's neighbour before is the last chunk (Hugging Face's rule).
+        ring: whether the first chunk's neighbour before is the last chunk (Hugging Face's rule).
         scale: of the logits, by default D ** -0.5.
         head_dim, value_dim, bias, out_bias, dropout, rotary, backend: as in `LSHSelfAttention`.
 
@@ -315,7 +315,7 @@ class LocalSelfAttention(_Attention):
         chunks_before: int = 1,
         chunks_after: int = 0,
         causal: bool = False,
-        wrap: bool = False,
+        ring: bool = False,
         scale: float | None = None,
         head_dim: int | None = None,
         value_dim: int | None = None,
@@ -335,7 +335,7 @@ class LocalSelfAttention(_Attention):
         self.chunks_before = chunks_before
         self.chunks_after = chunks_after
         self.causal = causal
-        self.wrap = wrap
+        self.ring = ring
         self.scale = scale
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.query = nn.Linear(embed_dim, num_heads * self.head_dim, bias=bias, **factory)
@@ -370,7 +370,7 @@ class LocalSelfAttention(_Attention):
         """An empty cache for `decode`, of rows of up to `max_length` tokens."""
         chunk = self._chunk(max_length)
         config = local_config(
-            chunk, self.chunks_before, self.chunks_after, causal=self.causal, wrap=self.wrap
+            chunk, self.chunks_before, self.chunks_after, causal=self.causal, ring=self.ring
         )
         return LocalCache(dataclasses.replace(config, scale=self.scale), max_length)
 
@@ -404,7 +404,7 @@ class LocalSelfAttention(_Attention):
             chunks_before=self.chunks_before,
             chunks_after=self.chunks_after,
             causal=self.causal,
-            wrap=self.wrap,
+            ring=self.ring,
             scale=self.scale,
             key_padding_mask=key_padding_mask,
             dropout_p=dropout_p,
@@ -423,8 +423,8 @@ class LocalSelfAttention(_Attention):
             f"chunks_before={self.chunks_before}",
         ]
         parts += [f"chunks_after={self.chunks_after}", f"causal={self.causal}"]
-        if self.wrap:
-            parts.append("wrap=True")
+        if self.ring:
+            parts.append("ring=True")
         if self.scale is not None:
             parts.append(f"scale={self.scale}")
         return ", ".join(parts)
@@ -440,7 +440,7 @@ class FullSelfAttention(LocalSelfAttention):
     """
 
     def __init__(self, embed_dim: int, num_heads: int, *, causal: bool = False, **options: Any) -> None:
-        for name in ("chunk_length", "chunks_before", "chunks_after", "wrap"):
+        for name in ("chunk_length", "chunks_before", "chunks_after", "ring"):
             if name in options:
                 raise TypeError(f"FullSelfAttention has no chunks, got {name}; use LocalSelfAttention")
         super().__init__(embed_dim, num_heads, causal=causal, chunks_before=0, **options)

@@ -249,7 +249,7 @@ class ReversibleSequence(nn.Module):
         results = graph.Leave.apply(run, joined, first, second)
         return _with_auxiliary(results[0] if joined else results, auxiliary)
 
-    def ordinary(self, x: Streams, *args: Any, **kwargs: Any) -> Any:
+    def plain(self, x: Streams, *args: Any, **kwargs: Any) -> Any:
         """The same blocks in floating point with autograd's own graph: memory grows with depth.
 
         For comparison, and where second derivatives are needed. Same arguments and results as the call.

@@ -286,7 +286,7 @@ class _NoSecondOrder(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(
             "ReversibleSequence supports first derivatives only: its backward rebuilds activations in place, "
-            "which cannot be differentiated again. Call ReversibleSequence.ordinary(...) where you need "
+            "which cannot be differentiated again. Call ReversibleSequence.plain(...) where you need "
             "create_graph=True"
         )
 

@@ -40,7 +40,7 @@ def byte_model(
         vocab_size=VOCABULARY,
         d_model=dim,
         layers=tuple(kinds[(layers - 1 - number) % 2] for number in range(layers)),
-        n_heads=heads,
+        num_heads=heads,
         causal=True,
         lsh=LSHConfig.paper(n_hashes=n_hashes, chunk_length=chunk_length, window="bucket"),
         local_chunk_length=chunk_length,

@@ -32,7 +32,7 @@ SELF_ONLY = reference.EMPTY_LSE
 def rule_of(**fields: Any) -> AttentionRule:
     """The paper's rule at chunk_length 16, with `fields`."""
     base = AttentionRule(
-        bucket_window=False,
+        rank_window=False,
         chunk_length=16,
         chunks_before=1,
         chunks_after=0,
@@ -287,7 +287,7 @@ def rules(draw: st.DrawFn) -> AttentionRule:
     by_bucket = draw(st.sampled_from([False, False, True]))
     window = st.one_of(st.integers(0, 9), st.sampled_from([15, 16, 31, 33, 64, 100, 300, 2**24]))
     return AttentionRule(
-        bucket_window=by_bucket,
+        rank_window=by_bucket,
         chunk_length=draw(
             st.one_of(st.integers(1, 20), st.sampled_from([24, 32, 63, 64, 65, 100, 128, 200]))
         ),
@@ -311,7 +311,7 @@ WORK = 3e6
 def cross_rule(rule: AttentionRule, bucket_mask: bool) -> AttentionRule:
     """The nearest rule for keys that are sorted apart from the queries."""
     return dataclasses.replace(
-        rule, bucket_window=True, bucket_mask=bucket_mask, exclude_self=False, ring=False
+        rule, rank_window=True, bucket_mask=bucket_mask, exclude_self=False, ring=False
     )
 
 

@@ -16,7 +16,7 @@ from python_tests import oracle
 from python_tests.helpers import assert_close, normal, padding_mask, random_layout
 from reformer_kernels import Layout, LSHConfig
 from reformer_kernels import functional as F
-from reformer_kernels.config import AttentionRule
+from reformer_kernels.config import AttentionRule, resolve_rule
 from reformer_kernels.ops.attention import reference
 
 CONFIG = LSHConfig(n_hashes=2, bucket_window=5, bucket_factors=(4,))
@@ -32,7 +32,7 @@ def cross_qkv(B: int, H: int, L: int, L_k: int, D: int, Dv: int, **options: Any)
 @given(
     rule=st.builds(
         AttentionRule,
-        bucket_window=st.just(True),
+        rank_window=st.just(True),
         chunk_length=st.just(4),
         chunks_before=st.just(0),
         chunks_after=st.just(0),
@@ -165,7 +165,7 @@ def test_float_masks_of_shared_query_keys() -> None:
     layout = F.lsh_layout(x, config, seed=0)
     plain, biased = (
         reference.attention(x, None, v, layout.order, layout.bucket_starts, b, None, rule, 1.0, 0.0)[0]
-        for rule in [F.resolve_rule(config, 64)]
+        for rule in [resolve_rule(config, 64)]
         for b in (None, bias)
     )
     assert_close(F.lsh_attention(x, v, config, layout=layout, key_padding_mask=bias), biased)

@@ -108,8 +108,8 @@ RULES = {
     "local": rule_of(
         bucket_mask=False, correct_duplicates=False, exclude_self=False, key_norm=0, chunks_after=1
     ),
-    "bucket": rule_of(bucket_window=True, window_before=12, window_after=13),
-    "bucket causal": rule_of(bucket_window=True, window_before=25, causal=True),
+    "bucket": rule_of(rank_window=True, window_before=12, window_after=13),
+    "bucket causal": rule_of(rank_window=True, window_before=25, causal=True),
 }
 """The rules that people use, small enough for several chunks in a hundred tokens."""
 
@@ -139,7 +139,7 @@ def test_long_enough_for_several_segments(rule: str) -> None:
 def test_windows_longer_than_a_block() -> None:
     """More keys than the logits held at once, in both windows."""
     check(Case(rule_of(bucket_mask=False, chunk_length=400), L=900, D=2, Dv=1))
-    check(Case(rule_of(bucket_window=True, window_before=5000, causal=True), L=4300, D=1, Dv=1, n_buckets=1))
+    check(Case(rule_of(rank_window=True, window_before=5000, causal=True), L=4300, D=1, Dv=1, n_buckets=1))
 
 
 @pytest.mark.parametrize("strides", STRIDES)

@@ -27,6 +27,7 @@ from python_tests.ops.attention.cases import (
 from python_tests.ops.attention.test_native import check
 from reformer_kernels import Layout, LSHConfig
 from reformer_kernels import functional as F
+from reformer_kernels.ops.attention import reference
 
 property_test = settings(
     deadline=None,
@@ -95,14 +96,14 @@ def test_windows_longer_than_a_block() -> None:
 def test_padding_in_a_row_of_keys() -> None:
     """Whole panels of padding inside a window are left out, also of windows in one shared order."""
     for L_k in (None, 400):
-        rule = rule_of(bucket_window=True, window_before=90, window_after=150, exclude_self=False)
+        rule = rule_of(rank_window=True, window_before=90, window_after=150, exclude_self=False)
         case = Case(rule, L=400, key_length=L_k, n_buckets=1, separate=True)
         bias = torch.zeros(1, 400)
         bias[:, 100:190] = bias[:, 250:330] = -math.inf
         layout, seed = case.layout(), None
         solved = []
         for dtype, call in (
-            (torch.float64, F._dispatch.attention_reference.attention),
+            (torch.float64, reference.attention),
             (torch.float32, torch.ops.reformer_kernels.native_attention),
         ):
             q, v, k = case.inputs(dtype)
@@ -237,7 +238,7 @@ def test_layouts_that_do_not_fit_are_refused() -> None:
     for message, order in wrong.items():
         with pytest.raises(ValueError, match=message):
             F.lsh_cross_attention(q, k, v, CONFIG, layout=(queries, Layout(order, keys.bucket_starts)))
-    with pytest.raises(ValueError, match="bucket_window, no ring"):
+    with pytest.raises(ValueError, match="rank_window, no ring"):
         torch.ops.reformer_kernels.native_attention(
             q, k, v, queries.order, queries.bucket_starts, None, None, rule_of().pack(), 1.0, 0.0,
             keys.order, keys.bucket_starts,

@@ -24,7 +24,7 @@ from python_tests.helpers import assert_close, gradients, normal, padding_mask, 
 from python_tests.native_tools import torch_threads
 from python_tests.ops.attention.cases import Case, arrange, rule_of
 from python_tests.ops.attention.test_native import RULES
-from reformer_kernels import Layout, LSHConfig, _native
+from reformer_kernels import Layout, LSHConfig, _checks, _native
 from reformer_kernels import functional as F
 from reformer_kernels.benchmarks import memory
 from reformer_kernels.modules import LocalSelfAttention, LSHSelfAttention
@@ -423,7 +423,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception] | tuple[type[Exception], 
     "negative chunk": ({"rule": rule_of(chunk_length=-5).pack()}, ValueError),
     "negative reach": ({"rule": rule_of(chunks_before=-2).pack()}, ValueError),
     "endless reach": ({"rule": rule_of(chunks_before=2**60).pack()}, ValueError),
-    "endless window": ({"rule": rule_of(bucket_window=True, window_before=2**62).pack()}, ValueError),
+    "endless window": ({"rule": rule_of(rank_window=True, window_before=2**62).pack()}, ValueError),
     "norm": ({"rule": rule_of(key_norm=7).pack()}, ValueError),
     "dropout": ({"dropout_p": 1.5}, ValueError),
     "negative dropout": ({"dropout_p": -0.5}, ValueError),
@@ -464,4 +464,4 @@ def test_the_backward_operator_refuses_what_it_cannot_do() -> None:
 
 
 def test_the_operator_module_knows_its_width() -> None:
-    assert registration.MAX_HEAD_DIM == F.MAX_HEAD_DIM
+    assert registration.MAX_HEAD_DIM == _checks.MAX_HEAD_DIM

@@ -38,7 +38,7 @@ def bias_of(padding: Tensor | None) -> Tensor | None:
 def rules(draw: st.DrawFn) -> AttentionRule:
     by_bucket = draw(st.booleans())
     return AttentionRule(
-        bucket_window=by_bucket,
+        rank_window=by_bucket,
         chunk_length=draw(st.integers(1, 6)),
         chunks_before=draw(st.integers(0, 3)),
         chunks_after=draw(st.integers(0, 2)),

@@ -65,10 +65,8 @@ def attention(
     if key_order is None or key_bucket_starts is None:
         key_order, key_bucket_starts = order, bucket_starts
     else:
-        if k is None or not rule.bucket_window or rule.ring or rule.exclude_self:
-            raise ValueError(
-                "separate orders need k, and a rule with bucket_window, no ring, no exclude_self"
-            )
+        if k is None or not rule.rank_window or rule.ring or rule.exclude_self:
+            raise ValueError("separate orders need k, and a rule with rank_window, no ring, no exclude_self")
         _check_layout("key layout", key_order, key_bucket_starts, sorted_buckets=True)
     precision = torch.float64 if dtype == torch.float64 else torch.float32
     with _autocast.suspended(q.device.type):
@@ -212,7 +210,7 @@ def key_range(
     Without a ring they are cut to the round; with one, low may be negative and high past the end. `length`
     may be a tensor that spreads over the ranks, one sequence length a row.
     """
-    if rule.bucket_window:
+    if rule.rank_window:
         low, high = rank - rule.window_before, end + rule.window_after
         low, high = round_ * length + low, round_ * length + high
     else:
@@ -233,7 +231,7 @@ def _chunk_start(chunk: Tensor, chunks: int | Tensor, chunk_length: int, length:
 
 def widest_range(rule: AttentionRule, length: int) -> int:
     """The most ring positions that `key_range` can give a query."""
-    if rule.bucket_window:
+    if rule.rank_window:
         width = rule.window_before + 1 + rule.window_after
     else:
         width = (rule.chunks_before + 1 + rule.chunks_after) * rule.chunk_length

@@ -82,9 +82,9 @@ def check_options(rule: list[int], scale: float, dropout_p: float, separate: boo
     for name, (low, high) in sizes.items():
         if not low <= getattr(fields, name) <= high:
             raise ValueError(f"rule.{name} must be in {low}..{high}, got {getattr(fields, name)}")
-    if separate and (not fields.bucket_window or fields.ring or fields.exclude_self):
+    if separate and (not fields.rank_window or fields.ring or fields.exclude_self):
         raise ValueError(
-            f"a rule for keys sorted apart must have bucket_window, no ring and no exclude_self, got {fields}"
+            f"a rule for keys sorted apart must have rank_window, no ring and no exclude_self, got {fields}"
         )
     if not math.isfinite(scale) or not 0 <= dropout_p < 1:
         raise ValueError(

@@ -84,11 +84,11 @@ def make_plan(rule: AttentionRule, R: int, L: int, LK: int, S: int, *, separate:
         )
     chunks = -(-L // rule.chunk_length)
     neighbours = max(rule.chunks_before, rule.chunks_after)
-    ring = rule.ring and not rule.bucket_window
+    ring = rule.ring and not rule.rank_window
     compare = rule.bucket_mask and ring and neighbours > (R - 1) * chunks
     inside = rule.bucket_mask and not compare
     ring = ring and not inside
-    if rule.bucket_window:
+    if rule.rank_window:
         before, after = min(rule.window_before, LK), min(rule.window_after, LK)
     elif ring:
         before, after = rule.chunks_before, rule.chunks_after
@@ -114,7 +114,7 @@ def make_plan(rule: AttentionRule, R: int, L: int, LK: int, S: int, *, separate:
         turns=turns,
         jump=signed(jump),
         separate=separate,
-        window=rule.bucket_window,
+        window=rule.rank_window,
         ring=ring,
         buckets=INSIDE_BUCKET if inside else COMPARE_BUCKETS if compare else NO_BUCKETS,
         rule=rule,
