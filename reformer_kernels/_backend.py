@@ -10,12 +10,11 @@ from typing import Literal, get_args
 import torch
 
 from reformer_kernels import _native
+from reformer_kernels._limits import KERNEL_DTYPES
 from reformer_kernels.gpu.tiles import interpreted
 
 Backend = Literal["auto", "reference", "native", "triton"]
 BACKENDS = get_args(Backend)  # here, as torch.compile of older versions cannot trace get_args
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 NATIVE_ERROR: ImportError | None = None
 """Why the compiled extension could not be imported; None where it was."""

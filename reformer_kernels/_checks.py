@@ -9,13 +9,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from reformer_kernels import _autocast
+from reformer_kernels._limits import FLOAT_DTYPES, MAX_HEAD_DIM, MAX_LENGTH
 from reformer_kernels.config import LSHConfig, check_integer
 from reformer_kernels.layout import Layout
-
-MAX_HEAD_DIM = 256
-MAX_LENGTH = 2**31 - 1
-
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_config(config: object) -> None:

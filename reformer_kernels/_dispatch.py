@@ -10,15 +10,13 @@ from torch import Tensor
 
 from reformer_kernels._backend import resolve_sort_backend
 from reformer_kernels._checks import refuse_forward_mode
+from reformer_kernels._random import Seed, resolve_seed
 from reformer_kernels.config import AttentionRule, LSHConfig, automatic_factors, cross_span, sees_all
 from reformer_kernels.layout import Layout
 from reformer_kernels.ops.attention import reference as attention_reference
 from reformer_kernels.ops.hash import reference as hash_reference
 from reformer_kernels.ops.hash import rotations as hash_rotations
 from reformer_kernels.ops.sort import reference as sort_reference
-
-Seed = int | Tensor | None
-
 
 LARGEST_KEY_BIAS = 2.0**120
 """Finite biases of keys are cut to this, beyond any logit, so that none becomes infinite in other units."""
@@ -177,20 +175,3 @@ def _key_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def contiguous_rows(x: Tensor) -> Tensor:
     """`x` itself where its rows are contiguous, whatever its other strides."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def resolve_seed(seed: Seed) -> Tensor:
-    """An int64 tensor of one element; integers up to 2^64 - 1 keep their 64 bits."""
-    if seed is None:
-        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise TypeError(
-                f"seed must be an int or an int64 tensor of one element, got {seed.dtype} {tuple(seed.shape)}"
-            )
-        return seed.reshape(())
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"seed must be an int, an int64 tensor of one element, or None, got {seed!r}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must fit 64 bits, got {seed}")
-    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
-from python_tests.helpers import TOLERANCE, near_ties, normal, relative_error
 from reformer_kernels import Layout, LSHConfig, functional
+from reformer_kernels.testing import TOLERANCE, near_ties, normal, relative_error
 from validation.context import Context, Row, attempts
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reformer_kernels.benchmarks.report import write_atomically
+from reformer_kernels._files import write_atomically
 from validation.context import Row
 from validation.timings import target_rows
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from python_tests.helpers import TOLERANCE, relative_error
 from reformer_kernels.gpu import tiles
 from reformer_kernels.gpu.tile_search import kernels_of, neighbours
 from reformer_kernels.gpu.tiles import Tile, TileRow, architecture_of
+from reformer_kernels.testing import TOLERANCE, relative_error
 from validation import calls
 from validation.calls import BOTH, FORWARD, Call, shape_of
 from validation.context import Context, Row, attempt

@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from reformer_kernels._files import write_atomically
 from reformer_kernels.benchmarks import huggingface, layers, machine, models
-from reformer_kernels.benchmarks.report import write_atomically
 
 OPERATIONS = ("reversible", "ffn", "loss", "memory", "model", "huggingface", "mha", "encoder")
 

@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import datetime
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from reformer_kernels._files import write_atomically
 from reformer_kernels.benchmarks import machine
 from reformer_kernels.benchmarks.agreement import Agreement
 from reformer_kernels.benchmarks.peers import FULL_ATTENTION
@@ -269,16 +269,6 @@ class Report:
             writer = csv.DictWriter(file, fieldnames=list(records[0]) if records else [])
             writer.writeheader()
             writer.writerows(records)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside the file and rename, so that no reader sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _seconds(seconds: float) -> str:

@@ -13,9 +13,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from reformer_kernels._files import write_atomically
+from reformer_kernels._limits import MAX_HEAD_DIM
 from reformer_kernels.benchmarks import machine
 from reformer_kernels.benchmarks.problem import DTYPES
-from reformer_kernels.benchmarks.report import write_atomically
 from reformer_kernels.cli.arguments import (
     choices,
     integers,
@@ -30,7 +31,6 @@ from reformer_kernels.gpu.specialization import OPERATIONS, OPTIONS
 from reformer_kernels.gpu.tiles import ARCHITECTURES
 
 SCHEMA = 1
-MAX_HEAD_DIM = 256
 FLOOR_DTYPES = ("bfloat16", "float16", "float32")
 
 

@@ -16,8 +16,8 @@ from rich.table import Table
 from torch import Tensor
 
 from reformer_kernels import functional
+from reformer_kernels._files import write_atomically
 from reformer_kernels.benchmarks import machine
-from reformer_kernels.benchmarks.report import write_atomically
 from reformer_kernels.cli.arguments import (
     choices,
     integers,

@@ -16,7 +16,7 @@ from reformer_kernels._checks import (
     check_qkv,
     check_rotations,
 )
-from reformer_kernels._dispatch import Seed
+from reformer_kernels._random import Seed, resolve_seed
 from reformer_kernels.config import (
     LSHConfig,
     check_flag,
@@ -191,7 +191,7 @@ def lsh_attention(
         check_layout(layout, qk, config.rounds(qk.shape[2]))
     backend = resolve_backend(backend, qk.device, qk.dtype)
     if dropout_p > 0 or (layout is None and rotations is None and not config.is_short(qk.shape[2])):
-        seed = _dispatch.resolve_seed(seed)
+        seed = resolve_seed(seed)
     if layout is None:
         layout = _dispatch.make_layout(qk, config, rotations, seed, padding, backend)
     rule = resolve_rule(config, qk.shape[2])

@@ -11,8 +11,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from reformer_kernels._checks import FLOAT_DTYPES
-from reformer_kernels._dispatch import Seed, resolve_seed
+from reformer_kernels._limits import FLOAT_DTYPES
+from reformer_kernels._random import Seed, resolve_seed
 
 # These modules register the operators.
 from reformer_kernels.ops.feed_forward.op import ACTIVATIONS

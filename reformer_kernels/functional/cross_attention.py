@@ -20,7 +20,7 @@ from reformer_kernels._checks import (
     check_rotations,
     check_rows,
 )
-from reformer_kernels._dispatch import Seed
+from reformer_kernels._random import Seed, resolve_seed
 from reformer_kernels.config import (
     LSHConfig,
     check_flag,
@@ -177,7 +177,7 @@ def lsh_cross_attention(
         check_layout_pair(layout, q, k, rounds=1 if every else config.n_hashes)
     backend = resolve_backend(backend, q.device, q.dtype)
     if dropout_p > 0 or (layout is None and rotations is None and not every):
-        seed = _dispatch.resolve_seed(seed)
+        seed = resolve_seed(seed)
     if layout is None:
         layout = _dispatch.make_cross_layout(q, k, config, rotations, seed, mask, backend)
     rule, scale = resolve_cross_rule(config, k.shape[2]), resolve_scale(scale, q.shape[-1])

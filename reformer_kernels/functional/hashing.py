@@ -11,8 +11,6 @@ from torch import Tensor
 from reformer_kernels import _autocast, _dispatch
 from reformer_kernels._backend import resolve_backend, resolve_sort_backend
 from reformer_kernels._checks import (
-    MAX_HEAD_DIM,
-    MAX_LENGTH,
     check_config,
     check_padding,
     check_rotations,
@@ -20,7 +18,8 @@ from reformer_kernels._checks import (
     check_size,
     check_tensor,
 )
-from reformer_kernels._dispatch import Seed
+from reformer_kernels._limits import MAX_HEAD_DIM, MAX_LENGTH
+from reformer_kernels._random import Seed, resolve_seed
 from reformer_kernels.config import (
     LSHConfig,
     check_factors,
@@ -38,13 +37,13 @@ def sample_rotations(
 
     They are drawn on the CPU from `seed`, so that every device and back end sees the same ones.
 
-    -> (num_heads, or 1 if `shared_heads`, head_dim, config.n_hashes, config.rotation_width) float32, on the CPU.
+    -> (num_heads, or 1 if `shared_heads`, head_dim, config.n_hashes, config.rotation_width) float32 on the CPU.
     """
     check_config(config)
     check_size("num_heads", num_heads, 1, MAX_LENGTH)
     check_size("head_dim", head_dim, 1, MAX_HEAD_DIM)
     check_flag("shared_heads", shared_heads)
-    seed = _dispatch.resolve_seed(seed)
+    seed = resolve_seed(seed)
     rows = 1 if shared_heads else num_heads
     return hash_rotations.sample_rotations(seed, rows, head_dim, config.n_hashes, config.rotation_width)
 

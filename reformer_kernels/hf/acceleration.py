@@ -8,7 +8,8 @@ from typing import Any, get_args
 from torch import nn
 
 from reformer_kernels._backend import Backend
-from reformer_kernels._checks import MAX_HEAD_DIM, kind_of
+from reformer_kernels._checks import kind_of
+from reformer_kernels._limits import MAX_HEAD_DIM
 
 
 @dataclass(frozen=True)

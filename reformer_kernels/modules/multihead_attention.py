@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from reformer_kernels import _autocast, functional
 from reformer_kernels._backend import Backend
+from reformer_kernels._limits import MAX_HEAD_DIM
 from reformer_kernels.config import LSHConfig, check_choice, check_flag, check_integer
-from reformer_kernels.modules.attention import MAX_HEAD_DIM, fresh_seed
+from reformer_kernels.modules.attention import fresh_seed
 from reformer_kernels.modules.attention_inputs import causal_mask, check_inputs, is_causal_mask
 from reformer_kernels.reversible.recomputation import is_keeping, remember
 

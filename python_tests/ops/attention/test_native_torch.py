@@ -24,11 +24,10 @@ from python_tests.helpers import assert_close, gradients, normal, padding_mask, 
 from python_tests.native_tools import torch_threads
 from python_tests.ops.attention.cases import Case, arrange, rule_of
 from python_tests.ops.attention.test_native import RULES
-from reformer_kernels import Layout, LSHConfig, _checks, _native
+from reformer_kernels import Layout, LSHConfig, _native
 from reformer_kernels import functional as F
 from reformer_kernels.benchmarks import memory
 from reformer_kernels.modules import LocalSelfAttention, LSHSelfAttention
-from reformer_kernels.ops.attention import registration
 
 OPS = torch.ops.reformer_kernels
 
@@ -461,7 +460,3 @@ def test_the_backward_operator_refuses_what_it_cannot_do() -> None:
     order[..., 5] = 1000
     with pytest.raises(ValueError, match="permutation"):
         OPS.native_attention_backward(out, None, out, lse, *args[:3], order, *args[4:])
-
-
-def test_the_operator_module_knows_its_width() -> None:
-    assert registration.MAX_HEAD_DIM == _checks.MAX_HEAD_DIM

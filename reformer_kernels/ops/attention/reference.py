@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
-from reformer_kernels import _autocast
+from reformer_kernels import _autocast, _random
 from reformer_kernels.config import KEY_NORMS, AttentionRule
-from reformer_kernels.ops.attention import philox
 
 BLOCK_ELEMENTS = 2**22
 """Queries are taken in blocks that gather about this many numbers."""
@@ -175,7 +174,7 @@ def _attend_block(
         asking = round_[:, None].expand(R, widest_range(rule, L_k)).flatten()
         slot = (place // L_k) * (4 * -(-L_k // 4)) + place % L_k
         asking_rank = query_rank.repeat_interleave(widest_range(rule, L_k), dim=-1)
-        kept = philox.keep(seed.to(q.device), head, asking, asking_rank, slot, dropout_p)
+        kept = _random.keep(seed.to(q.device), head, asking, asking_rank, slot, dropout_p)
         weights = weights * kept / (1 - dropout_p)
     out = torch.einsum("bhnw,bhnwd->bhnd", weights, values)  # [B, H, n, Dv]
 

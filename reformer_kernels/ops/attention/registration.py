@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reformer_kernels._limits import MAX_HEAD_DIM
 from reformer_kernels.config import KEY_NORMS, MAX_CHUNK_LENGTH, MAX_NEIGHBOURS, AttentionRule
-
-MAX_HEAD_DIM = 256
-"""Of q, k and v: kernels keep a row on the stack."""
 
 _ARGUMENTS = (
     "Tensor q, Tensor? k, Tensor v, Tensor order, Tensor bucket_starts, Tensor? key_bias, Tensor? seed, "

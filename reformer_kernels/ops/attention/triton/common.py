@@ -228,7 +228,7 @@ def dropout_factors(  # type: ignore[no-untyped-def]
     seed, head, query_rounds, query_ranks, first_key, ring_slots, threshold, keep_scale,
     ROWS_ARE_KEYS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """[M, N]: keep_scale where the probability is kept, else 0; bits as ops/attention/philox.py defines them.
+    """[M, N]: keep_scale where the probability is kept, else 0; bits as _random.py defines them.
 
     The keys' slots are first_key, first_key + 1, ... around a ring of `ring_slots`, both multiples of 4;
     `query_rounds` and `query_ranks` have one entry a query. One Philox call serves four keys.

@@ -14,10 +14,10 @@ import torch
 import triton
 from torch import Tensor
 
+from reformer_kernels._random import threshold
 from reformer_kernels.config import AttentionRule
 from reformer_kernels.gpu.launching import alignment, check_programs, check_rows, on_device, row_strides
 from reformer_kernels.gpu.tiles import Tile, architecture_of, padded_head_dim, tile
-from reformer_kernels.ops.attention.philox import threshold
 from reformer_kernels.ops.attention.triton import plan as triton_plan
 from reformer_kernels.ops.attention.triton.backward import (
     attention_backward_keys_kernel,

@@ -1,12 +1,35 @@
-"""Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in int64 tensors.
+"""Random numbers: seeds, and the counter-based generator that every back end shares.
 
-A counter-based generator: the same (key, counter) gives the same four words on every back end, in
-forward, backward and recomputation, with no state between them.
+Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) gives the same four
+words for the same key and counter everywhere: on every back end, in forward, backward and recomputation,
+with no state between them. Here it is written in int64 tensors.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+Seed = int | Tensor | None
+"""What the public functions take as a seed; None draws one from torch's global generator."""
+
+
+def resolve_seed(seed: Seed) -> Tensor:
+    """An int64 tensor of one element; integers up to 2^64 - 1 keep their 64 bits."""
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(
+                f"seed must be an int or an int64 tensor of one element, got {seed.dtype} {tuple(seed.shape)}"
+            )
+        return seed.reshape(())
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an int, an int64 tensor of one element, or None, got {seed!r}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must fit 64 bits, got {seed}")
+    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64)
+
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from python_tests.oracle import philox_words
-from reformer_kernels.ops.attention import philox
+from reformer_kernels import _random
 
 # Known answers of Random123 (kat_vectors, philox4x32 10 rounds).
 KNOWN = [
@@ -20,7 +20,7 @@ KNOWN = [
 
 @pytest.mark.parametrize(("key", "counter", "answer"), KNOWN)
 def test_known_answers(key: tuple[int, int], counter: tuple[int, int, int, int], answer: str) -> None:
-    words = philox.philox(
+    words = _random.philox(
         tuple(torch.tensor(w) for w in key),  # type: ignore[arg-type]
         tuple(torch.tensor(w) for w in counter),  # type: ignore[arg-type]
     )
@@ -30,14 +30,14 @@ def test_known_answers(key: tuple[int, int], counter: tuple[int, int, int, int],
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 + 5, -1, -(2**63), 2**63 - 1])
 def test_seed_splits_into_words(seed: int) -> None:
-    low, high = philox.split_seed(torch.tensor(seed))
+    low, high = _random.split_seed(torch.tensor(seed))
     assert (int(high) << 32 | int(low)) == seed % 2**64
 
 
 def test_keep_reads_the_slot_word() -> None:
     seed, p = 2**40 + 7, 0.4
     slot = torch.arange(40)
-    kept = philox.keep(torch.tensor(seed), torch.tensor(3), torch.tensor(1), torch.tensor(11), slot, p)
+    kept = _random.keep(torch.tensor(seed), torch.tensor(3), torch.tensor(1), torch.tensor(11), slot, p)
     key = (seed & 0xFFFFFFFF, seed >> 32)
     words = [philox_words(key, (3, 1, 11, s // 4))[s % 4] for s in range(40)]
     assert kept.tolist() == [w >= int(p * 2**32) for w in words]
@@ -45,4 +45,4 @@ def test_keep_reads_the_slot_word() -> None:
 
 
 def test_threshold() -> None:
-    assert [philox.threshold(p) for p in (0.0, 0.5, 1e-12)] == [0, 2**31, 0]
+    assert [_random.threshold(p) for p in (0.0, 0.5, 1e-12)] == [0, 2**31, 0]
