@@ -1,4 +1,4 @@
-"""What tests, benchmarks and the validation of a GPU share: tolerances, the measure of an error, seeded inputs."""
+"""Tolerances, the measure of an error and seeded inputs, for tests, benchmarks and the validation of a GPU."""
 
 from __future__ import annotations
 

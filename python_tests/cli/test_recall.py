@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from python_tests.helpers import normal
 from reformer_kernels import LSHConfig
 from reformer_kernels import functional as F
 from reformer_kernels.cli import app
+from reformer_kernels.testing import normal
 
 runner = CliRunner()
 command: Any = importlib.import_module(

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from python_tests.helpers import NATIVE, assert_close, gradients, normal, padding_mask, qkv
+from python_tests.helpers import NATIVE, assert_close, gradients, padding_mask, qkv
 from reformer_kernels import Layout, LSHConfig, _backend
 from reformer_kernels import functional as F
+from reformer_kernels.testing import normal
 
 CONFIG = LSHConfig.paper(chunk_length=4, n_hashes=2, bucket_factors=(4, 2))
 B, H, L, D = 2, 3, 20, 6

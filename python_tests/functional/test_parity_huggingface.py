@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import ReformerConfig
 from transformers.models.reformer.modeling_reformer import LocalSelfAttention, LSHSelfAttention
 
-from python_tests.helpers import NATIVE, TOLERANCE, assert_close, gradients, normal, padding_mask
+from python_tests.helpers import NATIVE, assert_close, gradients, padding_mask
 from reformer_kernels import LSHConfig
 from reformer_kernels import functional as F
+from reformer_kernels.testing import TOLERANCE, normal
 
 B, H, D = 2, 3, 4
 

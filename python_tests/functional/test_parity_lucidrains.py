@@ -12,18 +12,10 @@ import torch
 from reformer_pytorch.reformer_pytorch import LSHAttention  # type: ignore[import-untyped]
 from torch import Tensor
 
-from python_tests.helpers import (
-    NATIVE,
-    TOLERANCE,
-    assert_close,
-    gradients,
-    layout_from_buckets,
-    normal,
-    padding_mask,
-    relative_error,
-)
+from python_tests.helpers import NATIVE, assert_close, gradients, layout_from_buckets, padding_mask
 from reformer_kernels import LSHConfig
 from reformer_kernels import functional as F
+from reformer_kernels.testing import TOLERANCE, normal, relative_error
 
 N, D, CHUNK = 4, 5, 4  # the peer folds heads into the batch; here they are all heads of one batch
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from python_tests.helpers import TOLERANCE, assert_close, normal, relative_error
+from python_tests.helpers import assert_close
 from reformer_kernels import LSHConfig, ReversibleSequence, functional
 from reformer_kernels.modules import LSHSelfAttention
+from reformer_kernels.testing import TOLERANCE, normal, relative_error
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 from validation import correctness, hazards

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 from triton.runtime import interpreter
 
-from python_tests.helpers import TOLERANCE, assert_close, near_ties, padding_mask
+from python_tests.helpers import assert_close, padding_mask
 from python_tests.ops.attention.cases import (
     EXAMPLES,
     Case,
@@ -38,6 +38,7 @@ from python_tests.ops.attention.test_native import RULES
 from reformer_kernels import LSHConfig
 from reformer_kernels import functional as F
 from reformer_kernels.ops.hash import reference as hash_reference
+from reformer_kernels.testing import TOLERANCE, near_ties
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import ReformerConfig
 from transformers.models.reformer import modeling_reformer as peer
 
-from python_tests.helpers import NATIVE, assert_close, padding_mask, relative_error
+from python_tests.helpers import NATIVE, assert_close, padding_mask
 from reformer_kernels import hf
+from reformer_kernels.testing import relative_error
 
 D, H = 8, 2
 SAME = {"reference": 1e-9, "native": 1e-4}

@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from python_tests.helpers import NATIVE, assert_close, relative_error
+from python_tests.helpers import NATIVE, assert_close
 from python_tests.hf.test_accelerate import (
     ANSWER,
     BARE,
@@ -35,6 +35,7 @@ from python_tests.hf.test_accelerate import (
 )
 from reformer_kernels import LSHConfig, ReformerConfig, ReformerLM, hf
 from reformer_kernels.models import Reformer, ReformerClassifier, ReformerQuestionAnswering
+from reformer_kernels.testing import relative_error
 
 assert rotations_in_float32  # a fixture that every test here uses
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from python_tests.helpers import assert_close, normal, padding_mask
+from python_tests.helpers import assert_close, padding_mask
 from reformer_kernels import LSHConfig, ReformerConfig, ReformerEncoderDecoder, ReformerLM
 from reformer_kernels.functional import lsh_cross_attention
 from reformer_kernels.modules import CrossAttention
+from reformer_kernels.testing import normal
 
 LSH = LSHConfig(n_hashes=2, chunk_length=4)
 ENCODER = ReformerConfig(

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from python_tests.helpers import assert_close, normal, padding_mask
+from python_tests.helpers import assert_close, padding_mask
 from reformer_kernels import LSHConfig, Reformer, ReformerConfig, ReformerLM, functional
 from reformer_kernels.modules import LocalSelfAttention, LSHSelfAttention, RotaryPositions
+from reformer_kernels.testing import normal
 
 LSH = LSHConfig(n_hashes=2, chunk_length=8, window="bucket")
 SMALL = ReformerConfig(

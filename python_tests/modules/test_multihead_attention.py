@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from python_tests.helpers import assert_close, gradients, normal, padding_mask
+from python_tests.helpers import assert_close, gradients, padding_mask
 from reformer_kernels import LSHConfig, MultiheadAttention, ReversibleSequence, functional
 from reformer_kernels.modules import attention_inputs as _attention_inputs
+from reformer_kernels.testing import normal
 
 E, H, N = 16, 2, 3
 ALL_SEEN = LSHConfig(n_hashes=2, chunk_length=64)

@@ -9,7 +9,6 @@ import pickle
 import pytest
 import torch
 
-from python_tests.helpers import normal
 from reformer_kernels import AxialPositionalEmbedding
 from reformer_kernels.modules import (
     LearnedPositionalEmbedding,
@@ -17,6 +16,7 @@ from reformer_kernels.modules import (
     SinusoidalPositionalEmbedding,
 )
 from reformer_kernels.modules.positions import axial_shape
+from reformer_kernels.testing import normal
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (7,), (2, 3, 4), (1, 6), (3, 1, 2, 2)])

@@ -37,7 +37,7 @@ def sample_rotations(
 
     They are drawn on the CPU from `seed`, so that every device and back end sees the same ones.
 
-    -> (num_heads, or 1 if `shared_heads`, head_dim, config.n_hashes, config.rotation_width) float32 on the CPU.
+    -> (num_heads, or 1 if `shared_heads`, head_dim, config.n_hashes, config.rotation_width), float32, CPU.
     """
     check_config(config)
     check_size("num_heads", num_heads, 1, MAX_LENGTH)

@@ -14,10 +14,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from python_tests.helpers import normal, padding_mask, random_layout
+from python_tests.helpers import padding_mask, random_layout
 from reformer_kernels import Layout
 from reformer_kernels.config import AttentionRule
 from reformer_kernels.ops.attention import reference
+from reformer_kernels.testing import normal
 
 EXAMPLES = int(os.environ.get("REFORMER_TEST_EXAMPLES", "1"))
 """Multiplies the number of random cases: REFORMER_TEST_EXAMPLES=20 for a long sweep."""

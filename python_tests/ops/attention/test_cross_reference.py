@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from python_tests import oracle
-from python_tests.helpers import assert_close, normal, padding_mask, random_layout
+from python_tests.helpers import assert_close, padding_mask, random_layout
 from reformer_kernels import Layout, LSHConfig
 from reformer_kernels import functional as F
 from reformer_kernels.config import AttentionRule, resolve_rule
 from reformer_kernels.ops.attention import reference
+from reformer_kernels.testing import normal
 
 CONFIG = LSHConfig(n_hashes=2, bucket_window=5, bucket_factors=(4,))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from python_tests.helpers import TOLERANCE, assert_close, gradients, normal, padding_mask, qkv
+from python_tests.helpers import assert_close, gradients, padding_mask, qkv
 from python_tests.native_tools import isa, runnable_isas
 from python_tests.ops.attention.cases import (
     EXAMPLES,
@@ -30,6 +30,7 @@ from python_tests.ops.attention.cases import (
 )
 from reformer_kernels import Layout, LSHConfig
 from reformer_kernels import functional as F
+from reformer_kernels.testing import TOLERANCE, normal
 
 ISAS = runnable_isas()
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from python_tests.helpers import TOLERANCE, assert_close, normal
+from python_tests.helpers import assert_close
 from python_tests.native_tools import isa, runnable_isas
 from python_tests.ops.attention.cases import (
     STRIDES,
@@ -28,6 +28,7 @@ from python_tests.ops.attention.cases import (
     solve,
 )
 from python_tests.ops.attention.test_native import RULES, WIDTHS
+from reformer_kernels.testing import TOLERANCE, normal
 
 ISAS = runnable_isas()
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from python_tests.helpers import layout_from_buckets, normal, padding_mask
+from python_tests.helpers import layout_from_buckets, padding_mask
 from python_tests.native_tools import isa, runnable_isas, torch_threads
 from python_tests.ops.attention.cases import NATIVE_DTYPES, Case, native, solve
 from python_tests.ops.attention.test_native import RULES
 from reformer_kernels import Layout, LSHConfig
 from reformer_kernels import functional as F
+from reformer_kernels.testing import normal
 
 ISAS = runnable_isas()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from python_tests.helpers import assert_close, normal, padding_mask
+from python_tests.helpers import assert_close, padding_mask
 from python_tests.native_tools import isa, runnable_isas
 from python_tests.ops.attention.cases import (
     EXAMPLES,
@@ -28,6 +28,7 @@ from python_tests.ops.attention.test_native import check
 from reformer_kernels import Layout, LSHConfig
 from reformer_kernels import functional as F
 from reformer_kernels.ops.attention import reference
+from reformer_kernels.testing import normal
 
 property_test = settings(
     deadline=None,

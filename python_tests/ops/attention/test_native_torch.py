@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.utils.data import DataLoader, Dataset
 
-from python_tests.helpers import assert_close, gradients, normal, padding_mask, qkv
+from python_tests.helpers import assert_close, gradients, padding_mask, qkv
 from python_tests.native_tools import torch_threads
 from python_tests.ops.attention.cases import Case, arrange, rule_of
 from python_tests.ops.attention.test_native import RULES
@@ -28,6 +28,7 @@ from reformer_kernels import Layout, LSHConfig, _native
 from reformer_kernels import functional as F
 from reformer_kernels.benchmarks import memory
 from reformer_kernels.modules import LocalSelfAttention, LSHSelfAttention
+from reformer_kernels.testing import normal
 
 OPS = torch.ops.reformer_kernels
 

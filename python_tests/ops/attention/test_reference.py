@@ -18,16 +18,15 @@ from python_tests.helpers import (
     assert_close,
     gradients,
     layout_from_buckets,
-    normal,
     padding_mask,
     qkv,
     random_layout,
-    relative_error,
 )
 from reformer_kernels import Layout, LSHConfig
 from reformer_kernels import functional as F
 from reformer_kernels.config import AttentionRule, resolve_rule
 from reformer_kernels.ops.attention import reference
+from reformer_kernels.testing import normal, relative_error
 
 
 def bias_of(padding: Tensor | None) -> Tensor | None:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from python_tests.helpers import near_ties
 from python_tests.native_tools import isa, poisoned_memory, runnable_isas, torch_threads
 from reformer_kernels.config import automatic_factors
 from reformer_kernels.ops.hash import op, reference
+from reformer_kernels.testing import near_ties
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ISAS = runnable_isas()

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from python_tests.helpers import normal, padding_mask
+from python_tests.helpers import padding_mask
 from reformer_kernels.ops.hash.reference import lsh_hash
+from reformer_kernels.testing import normal
 
 
 def by_definition(x: list[float], rotation: list[list[float]], factors: tuple[int, ...]) -> int:
