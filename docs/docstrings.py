@@ -18,7 +18,9 @@ SECTIONS = re.compile(r"(?m)^(\s*)(Example|Shapes):$")
 
 def as_markdown(text: str) -> str:
     """The same docstring with doctests in fenced blocks, results named, and every section a known one."""
-    text = SECTIONS.sub(lambda found: found[1] + ("Examples:" if found[2] == "Example" else "**Shapes**\n"), text)
+    text = SECTIONS.sub(
+        lambda found: found[1] + ("Examples:" if found[2] == "Example" else "**Shapes**\n"), text
+    )
     text = RESULT.sub(r"\n\1**Returns** ", text)
     lines: list[str] = []
     in_doctest = in_examples = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,9 @@ def test_readme_is_short() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     """Relative links and images name files that exist."""
-    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
+    targets = re.findall(
+        r"\]\(([^)#\s]+)[^)]*\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    )
     for target in targets:
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
@@ -68,3 +71,9 @@ def test_public_names() -> None:
         assert all(hasattr(module, name) for name in module.__all__)
     for name in ("load_state_dict", "from_pretrained", "accelerate"):
         assert callable(getattr(reformer_kernels.hf, name))
+
+
+def test_measurements_are_those_of_the_results() -> None:
+    """docs/measurements.md is what docs/measurements.py writes."""
+    page = runpy.run_path(str(ROOT / "docs" / "measurements.py"))["page"]()
+    assert page == (ROOT / "docs" / "measurements.md").read_text(), "run: python docs/measurements.py"
