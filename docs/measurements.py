@@ -27,6 +27,8 @@ MACHINES = {"zen3": "AMD EPYC (Zen 3)", "zen4": "AMD EPYC (Zen 4)", "zen5": "AMD
 """The first word of a file's name, where the processor's own name does not say which it is."""
 
 HIDDEN = {
+    "ours",
+    "memory_ratios",
     "p20",
     "p80",
     "p20_s",
@@ -105,6 +107,13 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def command(words: list[str]) -> str:
+    """The command without the files that it wrote."""
+    files = ("--json", "--csv", "--png", "--plot")
+    before = ["", *words]
+    return " ".join(word for last, word in zip(before, words, strict=False) if not {last, word} & set(files))
+
+
 def section(path: Path) -> str:
     result = json.loads(path.read_text())
     machine, versions = result["machine"], result["versions"]
@@ -115,9 +124,8 @@ def section(path: Path) -> str:
     lines = [f"## {path.stem}", ""]
     lines.append(f"{name}, {machine.get('threads')} threads, commit {result['commit'][:7]}, {used}.")
     if result.get("arguments"):
-        command = " ".join(word for word in result["arguments"] if "/" not in word).removesuffix(" --json")
-        lines += ["", f"    reformer-kernels {command}"]
-    if result.get("settings"):
+        lines += ["", f"    reformer-kernels {command(result['arguments'])}"]
+    elif result.get("settings"):
         lines += ["", ", ".join(f"{key} {value}" for key, value in result["settings"].items()) + "."]
     for title, rows in result.get("tables", {"": result.get("rows", [])}).items():
         lines += ["", *([f"**{title}**", ""] if title else []), table(rows)]
