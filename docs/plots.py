@@ -1,16 +1,15 @@
-"""Draws time and memory against length, beside the peers, from one result of `reformer-kernels bench lsh`.
+"""Draws time against length, beside the peers, from one result of `reformer-kernels bench lsh`.
 
-    python docs/plots.py bench/results/<machine>-<commit>-lsh-4hashes.json
+    python docs/plots.py bench/results/<machine>-<commit>-lsh-4hashes.json --longest 8192
 
 The result needs several lengths (`--seq-lens 512,1024,...`) and the peers. It writes
-images/time-against-length.svg and images/memory-against-length.svg, which README.md and the pages show.
+images/time-against-length.svg, which README.md and the pages show.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +40,19 @@ def seconds(value: float, _: Any = None) -> str:
     return f"{value:g} s" if value >= 1 else f"{value * 1e3:g} ms"
 
 
-def mebibytes(value: float, _: Any = None) -> str:
-    count = value / 2**20
-    return f"{count / 1024:g} GiB" if count >= 1024 else f"{count:g} MiB"
-
-
-def draw(rows: list[dict[str, Any]], column: str, label: str, form: Callable[..., str], file: Path) -> None:
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
     figure, axes = plt.subplots(figsize=(7.2, 3.9), layout="constrained")
     for name, title, colour, style in LINES:
-        points = [(row["length"], row[column]) for row in rows if row["name"] == name and row[column]]
+        points = [(row["length"], row["median"]) for row in rows if row["name"] == name]
         axes.plot(*zip(*points, strict=True), style, color=colour, label=title, marker="o", markersize=4)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2 if column.endswith("bytes") else 10)
+    axes.set_yscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(tokens))
-    axes.yaxis.set_major_formatter(FuncFormatter(form))
+    axes.yaxis.set_major_formatter(FuncFormatter(seconds))
     axes.set_xticks(sorted({row["length"] for row in rows}))
     axes.minorticks_off()
     axes.set_xlabel("sequence length in tokens")
-    axes.set_ylabel(label)
+    axes.set_ylabel("forward + backward")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
@@ -71,13 +65,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("result", type=Path)
-    result = json.loads(parser.parse_args().result.read_text())
-    rows = [row for row in result["rows"] if row["phase"] == "forward+backward"]
+    parser.add_argument("--longest", type=int, help="draw no longer sequences than this")
+    arguments = parser.parse_args()
+    rows = [
+        row
+        for row in json.loads(arguments.result.read_text())["rows"]
+        if row["phase"] == "forward+backward" and row["length"] <= (arguments.longest or row["length"])
+    ]
     # The same file from the same numbers, so that a change shows in a diff.
     plt.rcParams.update({"svg.hashsalt": "reformer-kernels", "font.size": 10})
-    draw(rows, "median", "forward + backward", seconds, IMAGES / "time-against-length.svg")
-    memory = "working memory, forward + backward"
-    draw(rows, "working_memory_bytes", memory, mebibytes, IMAGES / "memory-against-length.svg")
+    draw(rows, IMAGES / "time-against-length.svg")
 
 
 if __name__ == "__main__":
