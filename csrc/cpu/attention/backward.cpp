@@ -70,7 +70,7 @@ Status backward(const AttentionParams& p, const AttentionGradients& g) {
   Arena arena{static_cast<char*>(p.workspace), 0};
   const Workspace<T> workspace(p, g, plan, &arena);
   const int64_t rows = max_of(p.L, p.Lk), row_tasks = ceil_div(rows, kRowsPerTask);
-  const int64_t all_segments = key_segments(p, plan);
+  const int64_t all_segments = backward_segments(p, plan);
   const bool crossings = p.rule.ring && !plan.inside_bucket;
   Status status = Status::kOk;
 #pragma omp parallel num_threads(p.threads)

@@ -7,12 +7,12 @@
 // The class is in an unnamed namespace because GCC then inlines what is called once.
 #pragma once
 
+#include "dropout.h"
 #include "gradient_rows.h"
 #include "mask.h"
 
 namespace reformer {
 namespace REFORMER_ISA {
-
 namespace {
 
 // The highest exponent of 2 for a probability that is yet to be divided by the number of rounds in which its
@@ -26,7 +26,7 @@ class BackwardWorker {
 
  public:
   BackwardWorker(const AttentionParams& p, const AttentionGradients& g, const Plan& plan, Arena* arena)
-      : p_(p), g_(g), plan_(plan), mask_(p, plan), panels_(p, plan, arena) {
+      : p_(p), g_(g), plan_(plan), mask_(p, plan), dropout_(p, plan), panels_(p, plan, arena) {
     stride_ = plan.block_panels * kPanel;
     queries_ = arena->take<Op>(kTileRows * query_stride());
     grad_outs_ = arena->take<Op>(kTileRows * value_stride());
@@ -38,7 +38,7 @@ class BackwardWorker {
     grad_logits_ = arena->take<Op>(kTileRows * logits_stride());
     met_panels_ = arena->take<int64_t>(kTileGroups * plan.block_panels);
     pieces_ = arena->take<Piece<Op>>(max_of<int64_t>(plan.block_panels, kTileGroups));
-    if (dropout()) factors_ = arena->take<float>(kTileRows * stride_);
+    if (has_dropout(p)) factors_ = arena->take<float>(kTileRows * stride_);
     if (p.rule.correct_duplicates) row_codes_ = arena->take<int32_t>(kTileRows * p.R);
   }
 
@@ -52,7 +52,7 @@ class BackwardWorker {
     panels_.grad_v_rows = sums.grad_v;
     panels_.grad_k_stride = sums.grad_k_stride;
     panels_.grad_v_stride = sums.grad_v_stride;
-    Ranks ranks = key_segment(p_, plan_, head, round, segment);
+    Ranks ranks = backward_segment(p_, plan_, head, round, segment);
     for (; ranks.first < ranks.last; ranks.first += kTileRows) {
       make_tile(p_, plan_, head, round, ranks, &tile_);
       if (tile_.crosses != crossing) continue;
@@ -66,8 +66,6 @@ class BackwardWorker {
   }
 
  private:
-  bool dropout() const { return p_.dropout_threshold > 0 || p_.keep_scale != 1.0f; }
-
   void load_tile(const Head& head, const GradientSums& sums) {
     for (int i = 0; i < tile_.rows; ++i) {
       const int64_t position = tile_.position[i];
@@ -97,7 +95,7 @@ class BackwardWorker {
 
   void differentiate_block(const Head& head, const GradientSums& sums, int64_t from, int64_t to) {
     panels_.require(from, to);
-    if (factors_) mask_.write_dropout(head, tile_, panels_, from, to, factors_, stride_);
+    if (factors_) dropout_.write_factors(head, tile_, panels_, from, to, factors_, stride_);
     for (int group = 0; group < tile_.groups; ++group) met_count_[group] = 0;
     prefetched_ = 0;
     for (int64_t panel = from; panel < to; ++panel) differentiate_panel(head, sums, panel, from, to);
@@ -140,11 +138,11 @@ class BackwardWorker {
     const Piece<Op> keys_t{panels_.keys_t(panel), operand_count<Op>(p_.D)};
     const Piece<Op> values_t{panels_.values_t(panel), operand_count<Op>(p_.Dv)};
     const int32_t* codes = row_codes_ ? panels_.codes(panel) : nullptr;
-    const int64_t rows_a_step = ceil_div(kTileRows, (to - from) * tile_.groups);
+    const int64_t rows_per_step = ceil_div(kTileRows, (to - from) * tile_.groups);
     int64_t packed = 0;  // rows packed so far
     int runs = 0;        // runs of neighbouring groups
     for (int group = 0; group < tile_.groups; ++group) {
-      if (to == tile_.last_panel) prefetch(head, sums, rows_a_step);
+      if (to == tile_.last_panel) prefetch(head, sums, rows_per_step);
       if (!mask_.may_meet(tile_, group, panel, keys)) continue;
       const int row = group * kGroupRows, rows = group_rows(tile_, group), met = met_count_[group]++;
       met_panels_[group * plan_.block_panels + met] = panel;
@@ -298,6 +296,7 @@ class BackwardWorker {
   const AttentionGradients& g_;
   const Plan& plan_;
   PairMask mask_;
+  Dropout dropout_;
   KeyPanels<T, true> panels_;
   Tile tile_;
   int64_t stride_ = 0, prefetched_ = 0;

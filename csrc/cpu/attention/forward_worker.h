@@ -7,11 +7,11 @@
 // The class is in an unnamed namespace because GCC then inlines what is called once.
 #pragma once
 
+#include "dropout.h"
 #include "mask.h"
 
 namespace reformer {
 namespace REFORMER_ISA {
-
 namespace {
 
 // The sums of one head over the rounds done so far, by position.
@@ -27,7 +27,7 @@ class ForwardWorker {
 
  public:
   ForwardWorker(const AttentionParams& p, const Plan& plan, Arena* arena)
-      : p_(p), plan_(plan), mask_(p, plan), panels_(p, plan, arena) {
+      : p_(p), plan_(plan), mask_(p, plan), dropout_(p, plan), panels_(p, plan, arena) {
     logits_stride_ = plan.block_panels * kPanel + kLanes;  // room for sum_from_first_key's last vector
     query_stride_ = plan.d_padded / kValuesPerOperand<Op>;
     queries_ = arena->take<Op>(kTileRows * query_stride_);
@@ -35,13 +35,14 @@ class ForwardWorker {
     out_ = arena->take<float>(kTileRows * plan.dv_padded);
     met_panels_ = arena->take<int64_t>(kTileGroups * plan.block_panels);
     pieces_ = arena->take<Piece<Op>>(plan.block_panels);
-    if (dropout()) factors_ = arena->take<float>(kTileRows * plan.block_panels * kPanel);
+    if (has_dropout(p)) factors_ = arena->take<float>(kTileRows * plan.block_panels * kPanel);
     if (p.rule.correct_duplicates) row_codes_ = arena->take<int32_t>(kTileRows * p.R);
   }
 
   void run_segment(const Head& head, const RunningRows& running, int64_t round, int64_t segment) {
     panels_.enter(head, round * p_.Lk, (round + 1) * p_.Lk, p_.rule.ring);
-    for (Ranks ranks = tile_segment(p_, plan_, segment); ranks.first < ranks.last; ranks.first += kTileRows) {
+    for (Ranks ranks = forward_segment(p_, plan_, segment); ranks.first < ranks.last;
+         ranks.first += kTileRows) {
       make_tile(p_, plan_, head, round, ranks, &tile_);
       load_queries(head);
       Block block = next_block(plan_, tile_, INT64_MIN);
@@ -53,8 +54,6 @@ class ForwardWorker {
   }
 
  private:
-  bool dropout() const { return p_.dropout_threshold > 0 || p_.keep_scale != 1.0f; }
-
   void load_queries(const Head& head) {
     for (int i = 0; i < tile_.rows; ++i) {
       Op* row = queries_ + i * query_stride_;
@@ -78,14 +77,15 @@ class ForwardWorker {
     const bool first = from == tile_.first_panel;
     if (first) clear_rows();
     panels_.require(from, to);
-    if (factors_) mask_.write_dropout(head, tile_, panels_, from, to, factors_, plan_.block_panels * kPanel);
+    if (factors_)
+      dropout_.write_factors(head, tile_, panels_, from, to, factors_, plan_.block_panels * kPanel);
     for (int group = 0; group < tile_.groups; ++group) met_count_[group] = 0;
     prefetched_ = 0;
-    const int64_t rows_a_step = ceil_div(kTileRows, (to - from) * tile_.groups);
+    const int64_t rows_per_step = ceil_div(kTileRows, (to - from) * tile_.groups);
     for (int64_t panel = from; panel < to; ++panel) {
       const Piece<Op> keys{panels_.keys_t(panel), operand_count<Op>(p_.D)};
       for (int group = 0; group < tile_.groups; ++group) {
-        if (to == tile_.last_panel) prefetch(head, running, rows_a_step);
+        if (to == tile_.last_panel) prefetch(head, running, rows_per_step);
         if (!mask_.may_meet(tile_, group, panel, panels_.panel(panel))) continue;
         const int row = group * kGroupRows, met = met_count_[group]++;
         met_panels_[group * plan_.block_panels + met] = panel;
@@ -284,6 +284,7 @@ class ForwardWorker {
   const AttentionParams& p_;
   const Plan& plan_;
   PairMask mask_;
+  Dropout dropout_;
   KeyPanels<T, false> panels_;
   Tile tile_;
   int64_t query_stride_ = 0, logits_stride_ = 0, prefetched_ = 0;

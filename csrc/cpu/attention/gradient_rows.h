@@ -5,7 +5,7 @@
 // k = q / |q|, that is dq += (dk - (dk . k) k) / |q|.
 #pragma once
 
-#include "key_panels.h"
+#include "key_norm.h"
 
 namespace reformer {
 namespace REFORMER_ISA {

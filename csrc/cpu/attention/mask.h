@@ -1,7 +1,6 @@
 // The mask rules: which keys of a panel a query may attend to, and in how many rounds a pair meets.
 #pragma once
 
-#include "../simd/philox.h"
 #include "key_panels.h"
 
 namespace reformer {
@@ -98,25 +97,6 @@ class PairMask {
     return 1.0f / __builtin_convertvector(others + 1, vfloat);
   }
 
-  // factors[i * stride + k] = keep_scale or 0 for rows [0, rows) and the keys of panels [from, to), as
-  // `panels` holds them. `from` and `to` do not part a block that is sorted.
-  template <typename Panels>
-  void write_dropout(const Head& head, const Tile& tile, const Panels& panels, int64_t from, int64_t to,
-                     float* factors, int64_t stride) const {
-    float run[kTileRows];
-    constexpr int64_t kPerBlock = kTileRows / kPanel;
-    for (int64_t panel = from; panel < to;) {
-      const int64_t block = floor_div(panel, kPerBlock), end = min_of(to, (block + 1) * kPerBlock);
-      for (int i = 0; i < tile.rows; ++i) {
-        write_factors(head, tile, i, block * kTileRows, run);
-        for (int64_t p = panel; p < end; ++p)
-          for (int lane = 0; lane < kPanel; ++lane)
-            factors[i * stride + (p - from) * kPanel + lane] = run[panels.panel(p).ring_offset[lane]];
-      }
-      panel = end;
-    }
-  }
-
  private:
   // The same where chunks wrap around the ring: the window may reach keys of any round (with a bucket mask,
   // of the same round only), and a wide one reaches the same key more than once.
@@ -135,29 +115,6 @@ class PairMask {
         }
       }
     return 1.0f / __builtin_convertvector(count > 1 ? count : splat(1), vfloat);
-  }
-
-  // The factors of row i and the kTileRows keys at ring positions g, g + 1, ...
-  void write_factors(const Head& head, const Tile& tile, int i, int64_t g, float* factors) const {
-    const int64_t padded_length = round_up(p_.Lk, 4), end = g + kTileRows;
-    while (g < end) {
-      const int64_t on_ring = floor_mod(g, plan_.ring_length), round = on_ring / p_.Lk,
-                    rank = on_ring % p_.Lk;
-      const int64_t count = min_of(end - g, p_.Lk - rank), first_slot = round * padded_length + rank;
-      uint32_t words[4 * kLanes];
-      int64_t skip = first_slot % 4;
-      for (int64_t done = 0, counter = first_slot / 4; done < count; counter += kLanes) {
-        philox_blocks(p_.seed, static_cast<uint32_t>(head.index), static_cast<uint32_t>(tile.round),
-                      static_cast<uint32_t>(tile.rank[i]), static_cast<uint32_t>(counter), words);
-        const int64_t n = min_of<int64_t>(count - done, 4 * kLanes - skip);
-        for (int64_t k = 0; k < n; ++k)
-          factors[done + k] = words[skip + k] >= p_.dropout_threshold ? p_.keep_scale : 0.0f;
-        done += n;
-        skip = 0;
-      }
-      g += count;
-      factors += count;
-    }
   }
 
   const AttentionParams& p_;

@@ -33,10 +33,10 @@ struct Plan {
   int64_t tiles = 0;          // tiles per round
   int64_t segment_tiles = 0;  // tiles that one task walks; it carries packed keys from tile to tile
   int64_t segments = 0;       // segments per round
-  int64_t cursor_span = 0;    // with separate keys, a backward task takes the queries of this many cursors
-  int64_t block_panels = 0;   // panels whose logits are held at the same time
-  int64_t cached_panels = 0;  // panels that stay packed; a power of two
-  int64_t heads = 0;          // (batch, head) pairs that are worked on together
+  int64_t cursor_span = 0;  // with separate keys, a backward task takes the queries of an interval of cursors
+  int64_t block_panels = 0;             // panels whose logits are held at the same time
+  int64_t cached_panels = 0;            // panels that stay packed; a power of two
+  int64_t heads = 0;                    // (batch, head) pairs that are worked on together
   int64_t d_padded = 0, dv_padded = 0;  // D and Dv, rounded up to whole vectors
   bool inside_bucket = false;           // every range lies in one bucket, where rank order is position order
   // A causal rule over whole chunks takes the queries of a tile, and the keys of kTileRows ring positions, in

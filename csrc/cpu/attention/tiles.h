@@ -12,7 +12,7 @@ struct Ranks {
 };
 
 // The queries of segment `index` of a round, for the forward pass.
-static inline Ranks tile_segment(const AttentionParams& p, const Plan& plan, int64_t index) {
+static inline Ranks forward_segment(const AttentionParams& p, const Plan& plan, int64_t index) {
   const int64_t rows = plan.segment_tiles * kTileRows;
   return Ranks{index * rows, min_of((index + 1) * rows, p.L)};
 }
@@ -34,12 +34,12 @@ static inline int64_t rank_of_cursor(const AttentionParams& p, const Head& head,
 
 // The segments of the backward pass: no key is seen by queries of two segments that are both even or both
 // odd. With separate keys they are intervals of cursors: see Plan::cursor_span.
-static inline int64_t key_segments(const AttentionParams& p, const Plan& plan) {
+static inline int64_t backward_segments(const AttentionParams& p, const Plan& plan) {
   return plan.separate ? p.Lk / plan.cursor_span + 1 : plan.segments;
 }
-static inline Ranks key_segment(const AttentionParams& p, const Plan& plan, const Head& head, int64_t round,
-                                int64_t index) {
-  if (!plan.separate) return tile_segment(p, plan, index);
+static inline Ranks backward_segment(const AttentionParams& p, const Plan& plan, const Head& head,
+                                     int64_t round, int64_t index) {
+  if (!plan.separate) return forward_segment(p, plan, index);
   return Ranks{rank_of_cursor(p, head, round, index * plan.cursor_span),
                rank_of_cursor(p, head, round, (index + 1) * plan.cursor_span)};
 }
