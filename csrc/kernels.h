@@ -27,7 +27,7 @@ struct Rows {
   int64_t batch_stride = 0, head_stride = 0, row_stride = 0;
 };
 
-// buckets (B, H, R, L) = argmax([xR; -xR]) for x (B, H, L, D) and rotations
+// buckets (B, H, R, L) = argmax([xR; -xR]) for x (B, H, L, D) and rotations of shape
 // (rotation_heads, D, R, rotation_width), where rotation_heads is 1 or H. `factors` are the even factors of
 // the number of buckets. Each takes the next factor / 2 of a round's rotation_width columns; columns that are
 // left over are not read.
@@ -39,8 +39,7 @@ struct HashParams {
   int64_t rotation_heads = 0, rotation_width = 0;
   const int32_t* factors = nullptr;
   int32_t n_factors = 0;
-  const uint8_t* padding =
-      nullptr;  // (B, L), non-zero for tokens that go to the extra last bucket; may be null
+  const uint8_t* padding = nullptr;  // (B, L), non-zero: the extra last bucket; may be null
   int32_t* buckets = nullptr;
   int32_t threads = 1;
 };
@@ -87,8 +86,8 @@ struct AttentionRule {
 //
 // If key_order is given, keys are sorted apart from the queries. The window of query i then lies around its
 // cursor: the number of sorted keys that are not after (its bucket, its position), the position being i if
-// causal, else i * Lk / L. The rule must then have rank_window, no ring and no exclude_self. Otherwise Lk =
-// L, and a padding key is a padding query too.
+// causal, else i * Lk / L. The rule must then have rank_window, no ring and no exclude_self. Otherwise
+// Lk = L, and a padding key is a padding query too.
 struct AttentionParams {
   int64_t B = 0, H = 0, L = 0, Lk = 0, D = 0, Dv = 0, R = 0;
   DType dtype = DType::kFloat32;

@@ -38,8 +38,7 @@ REFORMER_INLINE vfloat magnitude_of(vfloat x) {
   return x;
 }
 
-// Rounds to the nearest integer, ties to even. Below 2^23 the addition does it; above, all floats are
-// integers.
+// Rounds to the nearest integer, ties to even. Below 2^23 the addition does it; above, floats are integers.
 REFORMER_INLINE vfloat round_even(vfloat x) {
   const vfloat magnitude = magnitude_of(x);
   const vfloat rounded = (magnitude + 0x1p23f) - 0x1p23f;

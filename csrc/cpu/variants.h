@@ -1,5 +1,4 @@
-// The kernels that are compiled once for each instruction set, and the table by which dispatch.cpp calls
-// them.
+// The kernels that are compiled once for each instruction set, and the table that dispatch.cpp calls.
 //
 // There is one source for all instruction sets: hash.cpp, residual.cpp, attention/forward.cpp and
 // attention/backward.cpp are each compiled as `portable`, `avx2`, `avx512` and `avx512bf16`, in a namespace

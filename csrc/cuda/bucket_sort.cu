@@ -1,17 +1,13 @@
-// Stable counting sort of bucket ids on a GPU, order = argsort(buckets): many segments at once, any number of
-// buckets.
+// Stable counting sort of bucket ids on a GPU: order = argsort(buckets), for many segments at once.
 //
 // One pass sorts by a digit of up to 4097 values, which is the whole id in all but the longest sequences:
-//   1. count_tiles    each segment is cut into tiles; a block counts the digits of one tile (reads 4 bytes
-//   per
-//                     element)
-//   2. place_tiles    a running sum over (digit, tile) turns counts into places in the order; it also gives
-//                     the bucket starts
-//   3. scatter_tiles  a block ranks the elements of its tile stably and writes them (reads 4 bytes, writes 4)
+//   1. count_tiles    each segment is cut into tiles; a block counts the digits of one tile
+//   2. place_tiles    a running sum over (digit, tile) turns counts into places in the order, and gives the
+//                     bucket starts
+//   3. scatter_tiles  a block ranks the elements of its tile stably and writes them
 // More buckets take two or more passes, least significant digit first. A pass then hands the next one a word
-// per element: the position in the low bits and the remaining digits above it, in 32 bits if they fit, else
-// in
-// 64. The bucket starts are found by bisection at the end (bucket_starts).
+// per element: the position in the low bits and the remaining digits above it. A word has 32 bits if they
+// fit, else 64. The bucket starts are found by bisection at the end (bucket_starts).
 //
 // To rank elements, a warp owns consecutive elements of the tile and takes them 32 at a time. Lanes with the
 // same digit find each other (match), and each lane counts those below it (popcount). The lowest lane adds
@@ -35,8 +31,7 @@ constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kLanes;
 constexpr int kItems = 16;  // elements that each thread holds in registers
 constexpr int kWarpStep = kItems * kLanes;
-constexpr int kStep =
-    kWarps * kWarpStep;  // elements that a block ranks at once; a warp's count fits in 16 bits
+constexpr int kStep = kWarps * kWarpStep;  // elements ranked at once; a warp's count fits in 16 bits
 constexpr int kPlaceThreads = 512;
 constexpr int kBatch = 8;  // loads that a thread of place_tiles has in flight
 

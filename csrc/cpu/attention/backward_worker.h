@@ -1,5 +1,4 @@
-// What one thread does in the backward pass of attention: it walks a segment of one head's tiles in one
-// round.
+// What one thread does in attention's backward pass: it walks a segment of one head's tiles in one round.
 //
 // For each tile and panel of keys it computes p_ij and ds_ij as in backward.cpp and adds to dv_j, dk_j (in
 // the panel) and dq_i (in the tile).
@@ -246,8 +245,7 @@ class BackwardWorker {
       vfloat s = load(probabilities_ + offset + half);
       if (kPaired) s *= load(keys.factor + half);
       if (!by_position) s += load(keys.bias + half);
-      // A rounded log-sum-exp may lie below its own largest logit, and if that is huge, by enough to
-      // overflow.
+      // A rounded log-sum-exp may lie below its own largest logit, far enough to overflow if that is huge.
       vfloat p;
       if (kWeighted && codes) {
         p = vmin(exp2_of(vmin(s - lse_[i], splat(kLargestExponent))) *

@@ -1,4 +1,4 @@
-// What one thread does in the forward pass of attention: it walks a segment of one head's tiles in one round.
+// What one thread does in attention's forward pass: it walks a segment of one head's tiles in one round.
 //
 // For each tile it computes logits s_ij = scale q_i . k_j + bias_j (times log2(e)), their running maximum m_i
 // and sum, and out_i = sum_j 2^(s_ij - m_i) v_j; then it merges these into the row's sums over the rounds

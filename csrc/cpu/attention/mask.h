@@ -1,4 +1,4 @@
-// The mask rules: which keys of a panel a query may attend to, and in how many rounds a pair meets.
+// The mask rules: which keys of a panel a query may attend to, and in how many rounds it meets them.
 #pragma once
 
 #include "key_panels.h"
@@ -22,8 +22,7 @@ class PairMask {
       compare_ = Compare::kOthers;
   }
 
-  // False if no row of a group may attend to any key of the panel; a quick test, so not every such case is
-  // found.
+  // False if no row of a group may attend to any key of the panel. It is a quick test that misses some cases.
   bool may_meet(const Tile& tile, int group, int64_t index, const Panel& panel) const {
     if (!group_meets(plan_, tile, group, index)) return false;
     if (compare_ != Compare::kBefore) return panel.first_position != INT32_MAX;

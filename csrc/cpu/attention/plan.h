@@ -42,8 +42,7 @@ struct Plan {
   // A causal rule over whole chunks takes the queries of a tile, and the keys of kTileRows ring positions, in
   // order of position. A tile's mask is then nearly triangular, and half of the work can be skipped.
   bool sorts_positions = false;
-  // Ranges may go around the ring and come back to their own round, so the bucket mask is checked for each
-  // pair.
+  // Ranges may go around the ring to their own round again, so the bucket mask is checked for each pair.
   bool compares_buckets = false;
   int32_t before = 0, after = 0;  // the window in codes: see write_codes
   int32_t ring_laps = 0;          // the most times that a range may go around the ring

@@ -117,8 +117,7 @@ REFORMER_INLINE T* row_of(const Rows& rows, int64_t b, int64_t h, int64_t i) {
   return static_cast<T*>(rows.data) + b * rows.batch_stride + h * rows.head_stride + i * rows.row_stride;
 }
 
-// Prefetches a row of `bytes` bytes. Rows are gathered in sorted order, which no hardware prefetcher can
-// predict.
+// Prefetches a row of `bytes` bytes. Rows are gathered in sorted order, which the hardware cannot predict.
 REFORMER_INLINE void prefetch_row(const void* row, int64_t bytes) {
   const char* p = static_cast<const char*>(row);
   const char* end = p + bytes;  // a row need not begin on a cache line

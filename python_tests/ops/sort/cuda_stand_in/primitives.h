@@ -2,8 +2,8 @@
 //
 // Blocks run one after another. With STAND_IN_THREADS, the threads of a block are threads of the operating
 // system, for the thread sanitizer. Otherwise they are fibers, and a schedule decides which thread runs first
-// between two barriers: the first, the last, or one drawn at random. If the threads of a kernel depend on each
-// other without a barrier between them, one of the schedules gives another result.
+// between two barriers: the first, the last, or one drawn at random. If the threads of a kernel depend on
+// each other without a barrier between them, one of the schedules gives another result.
 //
 // It is stricter than a GPU. Warp operations must name all lanes, and all of them must arrive. A barrier that
 // some threads of the block do not reach ends the program. Shared memory has exactly the size that the launch
@@ -50,7 +50,7 @@ inline void order_by_schedule(int* order, int count) {
     for (int i = count - 1; i > 0; --i) std::swap(order[i], order[random_numbers() % (i + 1)]);
 }
 
-// Memory of exactly `bytes` bytes, filled with garbage. The address sanitizer sees each access beyond its end.
+// Exactly `bytes` bytes, filled with garbage. The address sanitizer sees each access beyond the end.
 class Garbage {
  public:
   explicit Garbage(size_t bytes) : bytes_(bytes), data_(std::malloc(bytes)) { refill(); }
