@@ -10,6 +10,8 @@
 
 namespace reformer {
 
+constexpr int kMaxHeadDim = 256;  // the largest D and Dv, as MAX_HEAD_DIM in reformer_kernels/_limits.py
+
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // The result of a call that checks its input as it runs. bindings.cpp turns errors into exceptions.

@@ -101,9 +101,6 @@ REFORMER_INLINE void add_group(const float* panel, const float* rotation, int64_
   }
 }
 
-constexpr bool is_float(const void*) { return false; }
-constexpr bool is_float(const float*) { return true; }
-
 // Transposes `rows` rows of x to panel[d][token], with zeros after the last row. `staging` is scratch for
 // kLanes rows.
 template <typename T>
@@ -111,7 +108,7 @@ REFORMER_INLINE void fill_panel(const T* x, int64_t row_stride, int64_t rows, in
                                 float* panel) {
   const int64_t padded = round_up(D, kLanes);
   for (int64_t first = 0; first < kTokens; first += kLanes) {
-    if constexpr (is_float(static_cast<T*>(nullptr))) {
+    if constexpr (kIsFloat<T>) {
       if (first + kLanes <= rows) {
         transpose_lanes(x + first * row_stride, row_stride, D, panel + first, kTokens);
         continue;

@@ -77,7 +77,7 @@ Status backward(const AttentionParams& p, const AttentionGradients& g) {
   {
     Arena own{workspace.workers + static_cast<size_t>(thread_index()) * workspace.worker_bytes, 0};
     BackwardWorker<T> worker(p, g, plan, &own);
-    alignas(64) float key[256 + kLanes], grad[256 + kLanes];
+    alignas(64) float key[kMaxHeadDim + kLanes], grad[kMaxHeadDim + kLanes];
     for (int64_t first = 0; first < p.B * p.H; first += plan.heads) {
       const int64_t heads = min_of(plan.heads, p.B * p.H - first);
 #pragma omp for schedule(dynamic, 1)

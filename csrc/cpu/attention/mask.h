@@ -29,7 +29,7 @@ class PairMask {
     return panel.first_position < tile.last_position[group] + (p_.rule.exclude_self ? 0 : 1);
   }
 
-  // Whether compare() on positions alone decides which keys of a panel the rows of a group may attend to.
+  // Whether positions alone decide which keys of a panel the rows of a group may attend to.
   bool positions_decide(const Tile& tile, int group, int64_t index, const Panel& panel) const {
     return panel.plain && index >= tile.whole_low[group] && index < tile.whole_high[group];
   }
@@ -37,7 +37,6 @@ class PairMask {
   // How a key's position is compared: not at all, it must lie before the query's (or at it, unless
   // exclude_self), or it must differ from the query's.
   enum class Compare { kNone, kBefore, kOthers };
-  Compare compare() const { return compare_; }
 
   // All ones in each lane of [half, half + kLanes) of panel `index` whose key row `i` may attend to.
   // `by_position` is what positions_decide said of the row's group.
@@ -63,7 +62,7 @@ class PairMask {
     return mask;
   }
 
-  // Calls f with compare() as a compile-time constant.
+  // Calls f with the comparison that this rule needs as a compile-time constant.
   template <typename F>
   REFORMER_INLINE_MEMBER void with_compare(F f) const {
     switch (compare_) {
