@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from reformer_kernels.config import check_integer
-from reformer_kernels.functional.chunked import chunked_feed_forward
+from reformer_kernels.functional import chunked_feed_forward
 from reformer_kernels.ops.feed_forward.activations import ACTIVATIONS
 
 MAX_WIDTH = 2**31 - 1
