@@ -24,8 +24,8 @@ from python_tests.reversible.cases import (
     weigh,
 )
 from reformer_kernels.benchmarks.allocations import peak_allocated
+from reformer_kernels.reversible import remember
 from reformer_kernels.reversible.blocks import ReversibleBlock, ReversibleSequence
-from reformer_kernels.reversible.recomputation import remember
 
 # Numbers
 

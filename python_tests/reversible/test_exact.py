@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from python_tests.reversible.cases import D, feed_forward, streams, weigh
 from reformer_kernels import Layout, LSHConfig, _dispatch
-from reformer_kernels.modules.attention import LSHSelfAttention
+from reformer_kernels.modules import LSHSelfAttention
 from reformer_kernels.modules.feed_forward import ChunkedFeedForward
 from reformer_kernels.reversible.blocks import ReversibleSequence
 

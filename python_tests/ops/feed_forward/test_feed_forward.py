@@ -223,7 +223,7 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
 def test_bad_module() -> None:
     with pytest.raises(ValueError, match="activation must be one of"):
         ChunkedFeedForward(4, 8, activation="mish")
-    with pytest.raises(ValueError, match="dropout must be in"):
+    with pytest.raises(ValueError, match="dropout must be a number in"):
         ChunkedFeedForward(4, 8, dropout=1.5)
     with pytest.raises(ValueError, match="d_ff must be a positive integer"):
         ChunkedFeedForward(4, 0)
