@@ -98,7 +98,7 @@ class CrossAttention(AttentionLayer):
         """The memory's keys (B, H, L_k, D) and values (B, H, L_k, D_v), as `attend` takes them."""
         if memory.dim() != 3 or memory.shape[1] < 1 or memory.shape[-1] != self.memory_dim:
             raise ValueError(
-                f"memory must have shape (batch, length, {self.memory_dim}) with at least one row, got "
+                f"memory must be (batch, length, {self.memory_dim}) with at least one row, got "
                 f"{tuple(memory.shape)}"
             )
         k = self.split_heads(self.key(memory), self.head_dim)

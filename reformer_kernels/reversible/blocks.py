@@ -23,7 +23,7 @@ from reformer_kernels.reversible.streams import FixedPointFormat, FloatFormat, S
 
 Residual = Literal["float", "exact"]
 Route = Literal["f", "g", "both"]
-Streams = Tensor | tuple[Tensor, Tensor]
+TensorOrPair = Tensor | tuple[Tensor, Tensor]
 
 
 class ReversibleBlock(nn.Module):
@@ -215,7 +215,7 @@ class ReversibleSequence(nn.Module):
         return f"residual={self.residual!r}" + ("" if self.scale is None else f", scale={self.scale}")
 
     @torch.compiler.disable(recursive=False)
-    def forward(self, x: Streams, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: TensorOrPair, *args: Any, **kwargs: Any) -> Any:
         first, second, joined = _two_streams(x)
         self._refuse_sharded_parts()
         run = SequenceRun(
@@ -231,7 +231,7 @@ class ReversibleSequence(nn.Module):
         results = Leave.apply(run, joined, first, second)
         return _with_auxiliary(results[0] if joined else results, auxiliary)
 
-    def plain(self, x: Streams, *args: Any, **kwargs: Any) -> Any:
+    def plain(self, x: TensorOrPair, *args: Any, **kwargs: Any) -> Any:
         """The same blocks in floating point with autograd's own graph, whose memory grows with depth.
 
         For comparison, and where second derivatives are needed. Arguments and results are those of a call.
@@ -340,5 +340,5 @@ def _stream_dtype(stream: Tensor) -> torch.dtype:
     return torch.float32 if autocast and stream.dtype.itemsize < 4 else stream.dtype
 
 
-def _with_auxiliary(streams: Streams, auxiliary: list[tuple[Any, ...]]) -> Any:
+def _with_auxiliary(streams: TensorOrPair, auxiliary: list[tuple[Any, ...]]) -> Any:
     return (streams, auxiliary) if any(auxiliary) else streams

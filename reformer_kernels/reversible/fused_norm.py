@@ -61,22 +61,24 @@ class _Normalise(torch.autograd.Function):
         columns = value.shape[-1]
         mean, rstd = mean.unsqueeze(-1), rstd.unsqueeze(-1)
         if ctx.normalization == "layer" and value.dtype == torch.float32:
-            of_value, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
+            value_grad, weight_grad, bias_grad = torch.ops.aten.native_layer_norm_backward(
                 grad.contiguous(), value, [columns], mean, rstd, weight, bias, list(ctx.needs_input_grad[:3])
             )
-            return of_value, of_weight, of_bias, None
+            return value_grad, weight_grad, bias_grad, None
         # y = w n + b with n = (x - mean) rstd gives dn = w dy and dx = rstd (dn - mean(dn) - n mean(dn n)).
         # RMSNorm has no mean(dn).
         wide = grad.float()
         standardised = (value.float() - mean) * rstd
-        of_standardised = wide if weight is None else wide * weight.float()
-        of_value = of_standardised - standardised * (of_standardised * standardised).mean(-1, keepdim=True)
+        standardised_grad = wide if weight is None else wide * weight.float()
+        value_grad = standardised_grad - standardised * (standardised_grad * standardised).mean(
+            -1, keepdim=True
+        )
         if ctx.normalization == "layer":
-            of_value = of_value - of_standardised.mean(-1, keepdim=True)
+            value_grad = value_grad - standardised_grad.mean(-1, keepdim=True)
         rows = tuple(range(grad.dim() - 1))
-        of_weight = None if weight is None else (wide * standardised).sum(rows).to(weight.dtype)
-        of_bias = None if bias is None else wide.sum(rows).to(bias.dtype)
-        return (of_value * rstd).to(value.dtype), of_weight, of_bias, None
+        weight_grad = None if weight is None else (wide * standardised).sum(rows).to(weight.dtype)
+        bias_grad = None if bias is None else wide.sum(rows).to(bias.dtype)
+        return (value_grad * rstd).to(value.dtype), weight_grad, bias_grad, None
 
 
 def normalise(value: Tensor, norm: Norm, normed: Normed | None) -> Tensor:

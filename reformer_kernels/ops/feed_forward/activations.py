@@ -74,10 +74,10 @@ class Activation:
         if not self.gated:
             return self.function.gradient(grad, a, a, out)
         linear, gate = a.chunk(2, dim=1)
-        of_linear, of_gate = out.chunk(2, dim=1)
+        linear_grad, gate_grad = out.chunk(2, dim=1)
         gate_value = self.function.value(gate, torch.empty_like(grad))
-        torch.mul(grad, gate_value, out=of_linear)
-        self.function.gradient(grad.mul_(linear), gate, gate_value, of_gate)
+        torch.mul(grad, gate_value, out=linear_grad)
+        self.function.gradient(grad.mul_(linear), gate, gate_value, gate_grad)
         return out
 
 

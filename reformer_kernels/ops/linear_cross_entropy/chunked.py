@@ -91,24 +91,24 @@ class LossTerms:
             losses[rows] = row
         if not gradient:
             return
-        of_softmax = (1 - self.smoothing) * weights
-        of_target = -of_softmax
-        smoothed = self.counts[rows].to(logits.dtype) * share
+        softmax_factor = (1 - self.smoothing) * weights
+        target_factor = -softmax_factor
+        smoothing_factor = self.counts[rows].to(logits.dtype) * share
         if self.smoothing:
-            of_softmax = of_softmax + smoothed * self.class_weights_sum
+            softmax_factor = softmax_factor + smoothing_factor * self.class_weights_sum
         if self.z_loss:
-            of_softmax = of_softmax + 2 * self.z_loss * weights * lse
+            softmax_factor = softmax_factor + 2 * self.z_loss * weights * lse
         if loss_grad is not None:
-            of_softmax, of_target, smoothed = (
-                factor * loss_grad for factor in (of_softmax, of_target, smoothed)
+            softmax_factor, target_factor, smoothing_factor = (
+                factor * loss_grad for factor in (softmax_factor, target_factor, smoothing_factor)
             )
-        grad = exponentials.mul_((of_softmax / sums).unsqueeze(1))
-        grad.scatter_add_(1, target, of_target.unsqueeze(1))
+        grad = exponentials.mul_((softmax_factor / sums).unsqueeze(1))
+        grad.scatter_add_(1, target, target_factor.unsqueeze(1))
         if self.smoothing:
             if self.class_weights is None:
-                grad.sub_(smoothed.unsqueeze(1))
+                grad.sub_(smoothing_factor.unsqueeze(1))
             else:
-                grad.addr_(smoothed, self.class_weights, alpha=-1)
+                grad.addr_(smoothing_factor, self.class_weights, alpha=-1)
 
 
 def _losses_and_gradients(

@@ -82,13 +82,13 @@ def _autograd_sum(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None
     if grad is None:
         return none
     saved = ctx.saved_tensors
-    of_x, of_weight, of_bias = (
+    dx, dw, db = (
         torch.ops.reformer_kernels.linear_cross_entropy_scale(unscaled, grad, source, source.dtype)
         if needed
         else None
         for unscaled, source, needed in zip(saved[:3], saved[3:], ctx.needs, strict=True)
     )
-    return of_x, of_weight, None, of_bias, *none[4:]
+    return dx, dw, None, db, *none[4:]
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -97,8 +97,8 @@ def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    of_x, of_weight, _, of_bias = ctx.needs_input_grad[:4]
-    needs = [of_x, of_weight, of_bias]
+    needs_x, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
+    needs = [needs_x, needs_weight, needs_bias]
     results = torch.ops.reformer_kernels.linear_cross_entropy_rows_backward(
         grad, *ctx.saved_tensors, *ctx.constants, needs
     )
