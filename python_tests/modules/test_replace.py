@@ -190,9 +190,9 @@ def test_what_is_replaced_and_what_is_kept() -> None:
     assert list(report.kept) == list(reasons)
     for name, reason in reasons.items():
         assert re.search(reason, report.kept[name])
-        assert f"  {name}: {report.kept[name]}" in str(report)
+        assert f"  {name}: kept, {report.kept[name]}" in str(report)
     assert str(report).startswith(
-        "replaced 2 nn.MultiheadAttention\n  first\n  inner.a.1\nkept 5 as they are"
+        "replaced 2, kept 5\n  first: replaced\n  inner.a.1: replaced\n  special: kept, "
     )
     assert model.first is model.again and type(model.first) is MultiheadAttention
     assert type(model.special) is not MultiheadAttention and type(model.large) is nn.MultiheadAttention
@@ -203,7 +203,7 @@ def test_what_is_replaced_and_what_is_kept() -> None:
         and again.kept["first"] == "already a reformer_kernels.MultiheadAttention"
     )
     assert model.first.full_attention_threshold == 0
-    assert str(replace_attention(nn.Linear(2, 2))) == "found no nn.MultiheadAttention"
+    assert str(replace_attention(nn.Linear(2, 2))) == "replaced 0, kept 0"
 
 
 def test_the_objects_stay_the_same() -> None:

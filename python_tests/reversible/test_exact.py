@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from python_tests.reversible.cases import D, feed_forward, streams, weigh
-from reformer_kernels import Layout, LSHConfig, _dispatch
+from reformer_kernels import Layout, LSHConfig
+from reformer_kernels.functional import attention, hashing
 from reformer_kernels.modules import LSHSelfAttention
 from reformer_kernels.modules.feed_forward import ChunkedFeedForward
 from reformer_kernels.reversible.blocks import ReversibleSequence
@@ -79,13 +80,14 @@ def test_float_mode_with_lsh_attention_equals_ordinary(settings: dict[str, Any])
 
 def test_layouts_are_kept_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[int] = []
-    original = _dispatch.make_layout
+    original = hashing.make_layout
 
     def counted(qk: Tensor, *rest: Any) -> Layout:
         hashed.append(1)
         return original(qk, *rest)
 
-    monkeypatch.setattr(_dispatch, "make_layout", counted)
+    for module in (attention, hashing):  # which attention and `lsh_layout` call it from
+        monkeypatch.setattr(module, "make_layout", counted)
     for keep, expected in ((True, 2), (False, 4)):
         hashed.clear()
         weigh(reformer(2, keep_layouts=keep)(torch.randn(2, 40, 32, requires_grad=True))).backward()

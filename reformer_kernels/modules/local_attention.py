@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from reformer_kernels import functional
 from reformer_kernels._random import Seed, resolve_seed
-from reformer_kernels.config import local_config
 from reformer_kernels.modules.attention_layer import AttentionLayer
 from reformer_kernels.modules.caches import LocalCache
 from reformer_kernels.modules.checks import check_positive
 from reformer_kernels.modules.positions import RotaryPositions
+from reformer_kernels.rule import local_attention_config
 
 
 class LocalSelfAttention(AttentionLayer):
@@ -111,7 +111,7 @@ class LocalSelfAttention(AttentionLayer):
     def make_cache(self, max_length: int) -> LocalCache:
         """An empty cache for `decode`, for rows of up to `max_length` tokens."""
         chunk = self.chunk_length_for(max_length)
-        config = local_config(
+        config = local_attention_config(
             chunk, self.chunks_before, self.chunks_after, causal=self.causal, ring=self.ring
         )
         return LocalCache(dataclasses.replace(config, scale=self.scale), max_length)
