@@ -230,7 +230,7 @@ def test_inference_mode_equals_no_grad(make: object, x: Tensor) -> None:
 
 @BOTH
 def test_compiles_whole(make: object, x: Tensor) -> None:
-    """One graph, in both modes; with the inductor's code left out, which tests torch and not us."""
+    """Both modes compile to one graph. Inductor is left out, as it would test torch and not us."""
     layer = make()  # type: ignore[operator]
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for training in (True, False):

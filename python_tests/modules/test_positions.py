@@ -48,7 +48,7 @@ def test_axial_shapes_hold_the_length_and_are_even() -> None:
         shape = axial_shape(length, axes)
         assert len(shape) == axes and math.prod(shape) >= length
         smaller = [side - 1 for side in shape]
-        assert math.prod(smaller) < length  # no side is larger than it need be, all being even
+        assert math.prod(smaller) < length  # no side could be smaller
         assert max(shape) - min(shape) <= 2 or axes == 1 or length < 10
     assert axial_shape(65536) == (256, 256) and axial_shape(4096, 3) == (16, 16, 16)
     table = AxialPositionalEmbedding(7, 1000, axes=3)

@@ -48,7 +48,7 @@ def reformer(depth: int, width: int = 16, dropout: float = 0.1, **settings: Any)
 
 
 def inputs_seen(layers: ReversibleSequence, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """What each f and g got in forward, and in the recomputation, in forward's order."""
+    """The inputs of each f and g in forward and in the recomputation, both in forward's order."""
     seen: list[Tensor] = []
     handles = [
         part.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().clone()))
@@ -205,7 +205,7 @@ def test_flag_is_raised_at_the_next_step_or_by_check(backend: str, value: float,
     ) as error:
         layers.check()
     assert "cpu" in str(error.value)
-    layers.check()  # told once
+    layers.check()  # raises once
     layers(bad)
     with pytest.raises(FloatingPointError, match="in an earlier step"):
         layers(good)

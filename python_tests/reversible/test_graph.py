@@ -47,7 +47,7 @@ def test_second_backward() -> None:
     first = torch.autograd.grad(weigh(y), inputs, retain_graph=True)
     again = torch.autograd.grad(weigh(y), inputs, retain_graph=True)
     assert all(map(torch.equal, first, again))
-    # One output after the other, then both at once once more.
+    # One output after the other, then both together.
     y1, y2 = layers(x.chunk(2, -1))
     parts = [torch.autograd.grad(weigh(y), inputs, retain_graph=True, allow_unused=True) for y in (y1, y2)]
     both = torch.autograd.grad(weigh(y1) + weigh(y2), inputs)

@@ -38,8 +38,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     Where L_q * L_k is at most full_attention_threshold², the result is that of `nn.MultiheadAttention`.
     Beyond, it is LSH attention in O(L log L) with the same projections:
 
-    - `shared_qk=False`: queries and keys are hashed and sorted apart (`functional.lsh_cross_attention`), with
-      the scale of ordinary attention, so weights that were trained with full attention can be used. This
+    - `shared_qk=False`: queries and keys are hashed and sorted apart (`functional.lsh_cross_attention`), by
+      default with the scale of ordinary attention, so weights trained with full attention can be used. This
       serves self- and cross-attention alike. If the window covers all keys, the result is full attention.
     - `shared_qk=True`: in self-attention (`query is key`) the queries' projection also gives the keys, as in
       the paper (`functional.lsh_attention`). The keys' rows of the projection are then unused, so full
@@ -68,7 +68,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device,
             dtype: as in `nn.MultiheadAttention`.
         config: how to hash and attend. Its `causal` must be False: each call says whether it is causal.
-            Separate queries and keys use a part of it, see `functional.lsh_cross_attention`.
+            Separate queries and keys use a part of it, see `functional.lsh_cross_attention`. Full attention
+            always has the scale of `nn.MultiheadAttention`, whatever `config.scale` says.
         full_attention_threshold: the length up to which full attention is computed; None means 512, or 0 with
             shared_qk.
         shared_qk: see above.
@@ -369,7 +370,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         if extra_keys:
             out, lse = out
             k, v = self._extra_keys(q)
-            out = merge_extra_keys(out, lse, q, k, v, dropout_p)
+            scale = config.logit_scale(self.head_dim, shared_qk=False)
+            out = merge_extra_keys(out, lse, q, k, v, scale, dropout_p)
         merged = (
             out.transpose(1, 2).flatten(2)
             if self.batch_first or not batched
