@@ -13,9 +13,9 @@ from torch import Tensor
 from python_tests.helpers import assert_close, padding_mask
 from reformer_kernels import LSHConfig, ReformerConfig, ReformerLM
 from reformer_kernels import functional as F
-from reformer_kernels.models import caches as decoding
 from reformer_kernels.models.generation import Decoder, beam_search, choose
 from reformer_kernels.modules import LocalSelfAttention, LSHSelfAttention
+from reformer_kernels.modules import caches as decoding
 from reformer_kernels.testing import normal
 
 BUCKET = LSHConfig(n_hashes=3, chunk_length=4, window="bucket")

@@ -23,7 +23,7 @@ from reformer_kernels.functional.attention import (
     lsh_attention,
     lsh_cross_attention,
 )
-from reformer_kernels.functional.chunked import chunked_feed_forward, linear_cross_entropy
+from reformer_kernels.functional.feed_forward import chunked_feed_forward
 from reformer_kernels.functional.hashing import (
     bucket_sort,
     lsh_cross_layout,
@@ -31,6 +31,7 @@ from reformer_kernels.functional.hashing import (
     lsh_layout,
     sample_rotations,
 )
+from reformer_kernels.functional.loss import linear_cross_entropy
 
 __all__ = [
     "attend",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from reformer_kernels.config import check_integer
-from reformer_kernels.models.caches import LayerCache
+from reformer_kernels.modules.caches import LayerCache
 
 if TYPE_CHECKING:
     from reformer_kernels.models.reformer import ReformerLM

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reformer_kernels.models.caches import LayerCache
 from reformer_kernels.models.config import LayerKind, ReformerConfig
-from reformer_kernels.modules.attention import FullSelfAttention, LocalSelfAttention, LSHSelfAttention
+from reformer_kernels.modules import FullSelfAttention, LocalSelfAttention, LSHSelfAttention
+from reformer_kernels.modules.caches import LayerCache
 from reformer_kernels.modules.cross_attention import CrossAttention
 from reformer_kernels.modules.feed_forward import ChunkedFeedForward
 from reformer_kernels.modules.positions import (
