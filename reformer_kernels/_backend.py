@@ -11,7 +11,7 @@ import torch
 
 from reformer_kernels import _native
 from reformer_kernels._limits import KERNEL_DTYPES
-from reformer_kernels.gpu.tiles import interpreted
+from reformer_kernels.gpu.architectures import interpreted
 
 Backend = Literal["auto", "reference", "native", "triton"]
 BACKENDS = get_args(Backend)  # here, as torch.compile of older versions cannot trace get_args

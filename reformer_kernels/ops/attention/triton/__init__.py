@@ -1,0 +1,1 @@
+"""Attention over sorted orders in Triton."""
