@@ -20,6 +20,23 @@ Call = Callable[[], Any]
 FORWARD, BOTH = "forward", "forward+backward"
 
 
+def capture(call: Call) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of the call, and the results that it writes.
+
+    The call first runs on a stream of its own, which compiles its kernels.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
+
+
 def shape_of(context: Context, **fields: int) -> Shape:
     """The default shape with these fields; in a dry run a tiny one, whatever the fields."""
     shape = Shape(**fields)

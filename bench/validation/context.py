@@ -16,8 +16,7 @@ Choice = TypeVar("Choice")
 
 @dataclass(frozen=True)
 class Context:
-    """A run. A dry run computes tiny problems in Triton's interpreter on the CPU: it tries the steps, not a
-    GPU."""
+    """A run of the steps. A dry run computes tiny problems in Triton's interpreter on the CPU."""
 
     dry_run: bool
     folder: str
@@ -39,6 +38,7 @@ class Context:
         return tiny if self.dry_run else real
 
     def synchronize(self) -> None:
+        """Waits for the device."""
         import torch
 
         if not self.dry_run:
@@ -46,8 +46,7 @@ class Context:
 
 
 def attempt(name: str, check: Callable[[], Row]) -> Row:
-    """The row of one check. An error becomes a row too, a "fatal" one where no further check can use the
-    device."""
+    """The row of one check. An error becomes a row too, which is "fatal" if the device itself failed."""
     start = time.perf_counter()
     try:
         row = {"check": name, "ok": True} | check()

@@ -30,8 +30,7 @@ PRESETS: dict[str, Callable[..., LSHConfig]] = {
 
 
 def steps(context: Context, shard: int = 0, shards: int = 1, after: int = 0) -> Iterator[Row]:
-    """One row for each case. `shards` processes share the cases; `shard` leaves out the first `after` of its
-    own."""
+    """One row for each case of process `shard` of `shards`, without the first `after` of its cases."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
     yield from attempts(cases(context)[shard::shards][after:])
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from reformer_kernels import LSHConfig, functional
+from validation.calls import capture
 from validation.context import Context, Row, attempts
 
 
-class Call:
+class FixedCall:
     """`lsh_attention` forward and backward on tensors that keep their addresses, as a graph needs them."""
 
     def __init__(self, context: Context, config: LSHConfig, shape: tuple[int, ...], dropout: float) -> None:
@@ -38,7 +39,7 @@ def race_steps(context: Context) -> Iterator[Row]:
     """Repeats one forward and backward pass, whose results must be bitwise equal every time."""
 
     def check(config: LSHConfig, dropout: float) -> Row:
-        call = Call(context, config, context.pick((2, 8, 4096, 64), (1, 1, 24, 16)), dropout)
+        call = FixedCall(context, config, context.pick((2, 8, 4096, 64), (1, 1, 24, 16)), dropout)
         passes = context.pick(1000, 2)
         first = call()
         different = torch.zeros(len(first), dtype=torch.int64, device=context.device)
@@ -65,7 +66,7 @@ def capture_steps(context: Context) -> Iterator[Row]:
     shape = context.pick((2, 8, 4096, 64), (1, 1, 24, 16))
 
     def without_synchronisation() -> Row:
-        call = Call(context, config, shape, 0.1)
+        call = FixedCall(context, config, shape, 0.1)
         call()
         context.synchronize()
         if context.dry_run:
@@ -78,7 +79,7 @@ def capture_steps(context: Context) -> Iterator[Row]:
         return {}
 
     def captured() -> Row:
-        call = Call(context, config, shape, 0.1)
+        call = FixedCall(context, config, shape, 0.1)
         if context.dry_run:
             call()
             return {"skipped": "only CUDA has graphs; the call itself ran"}
@@ -95,17 +96,3 @@ def capture_steps(context: Context) -> Iterator[Row]:
         return {"ok": all(equal), "replays": 2, "equal": equal}
 
     yield from attempts([("no host synchronisation", without_synchronisation), ("graph", captured)])
-
-
-def capture(call: Call) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-    """A graph of the call and its results. The call runs first on a stream of its own, which compiles it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-    return graph, results

@@ -53,8 +53,8 @@ def candidates(context: Context, key: Key) -> list[Tile]:
     """The present tile, then the tiles that differ from it in one field."""
     kernel, bits, head_dim = key
     present = tiles.tile(kernel, architecture=architecture_of(context.device), bits=bits, head_dim=head_dim)
-    found = [present, *neighbours(present, head_dim)]
-    return found[: context.pick(len(found), 2)]
+    tried = [present, *neighbours(present, head_dim)]
+    return tried[: context.pick(len(tried), 2)]
 
 
 def warm_steps(context: Context, shard: int = 0, shards: int = 1, after: int = 0) -> Iterator[Row]:

@@ -78,20 +78,12 @@ def time_call(context: Context, call: Call, *, budget: float = 0.3, most: int = 
 
 
 def _captured(call: Call) -> Call:
-    """A call that replays a CUDA graph of `call`, and returns the tensors that the graph writes."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
+    """A call that replays a CUDA graph of `call`."""
+    graph, results = calls.capture(call)
 
     def replay() -> Any:
         graph.replay()
-        return results
+        return results  # held here, so that nothing else uses their memory
 
     return replay
 

@@ -169,8 +169,8 @@ def test_targets() -> None:
     rows += [timed("lsh_attention", 10.0, length=L) for L in (2048, 3072, 65536)]
     rows += [timed("SDPA flash", us, length=L) for L, us in ((2048, 9.0), (3072, 11.0), (65536, 150.0))]
     rows += [timed("bucket_sort", 2.0), timed("torch.sort int32 stable", 5.0), timed("lsh_hash", 1.0, 1.7)]
-    found = {row["check"]: (row["ok"], row.get("value")) for row in target_rows(rows, dry_run=False)}
-    assert list(found.values()) == [
+    targets = {row["check"]: (row["ok"], row.get("value")) for row in target_rows(rows, dry_run=False)}
+    assert list(targets.values()) == [
         (None, None),  # one round was not timed
         (None, None),
         (True, 1.2),

@@ -52,7 +52,7 @@ def test_kernels_have_no_faults(architecture: str, compiled: list[Inspected]) ->
         assert 0 < row.code.occupancy <= 1
 
 
-# Faults are found
+# Faults of a probe kernel
 
 
 @triton.jit
@@ -116,8 +116,8 @@ def test_a_good_kernel_has_no_fault_and_its_figures_are_read() -> None:
 
 
 def test_an_oversized_tile_is_caught() -> None:
-    found = judge(specialize(Tile(128, 128, 256, 4, 2)))
-    assert "spills" in found and "bytes of shared memory, a block may have 232448" in found
+    faults = judge(specialize(Tile(128, 128, 256, 4, 2)))
+    assert "spills" in faults and "bytes of shared memory, a block may have 232448" in faults
 
 
 def test_a_kernel_without_tensor_cores_is_caught() -> None:
@@ -171,8 +171,8 @@ def forget_files() -> Iterator[None]:
 def test_resident_blocks(
     architecture: str, registers: int, warps: int, shared: int, tensor_memory: int, expected: tuple[int, str]
 ) -> None:
-    found = machine_code.resident_blocks(CHIPS[architecture], registers, warps, shared, tensor_memory)
-    assert found == expected
+    resident = machine_code.resident_blocks(CHIPS[architecture], registers, warps, shared, tensor_memory)
+    assert resident == expected
 
 
 def test_specializations_name_each_argument_once() -> None:

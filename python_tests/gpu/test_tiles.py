@@ -26,14 +26,14 @@ def forget_files() -> Iterator[None]:
 
 def test_shipped_table_is_valid_and_default_rule_covers_every_key() -> None:
     for row in tiles.read_tiles(tiles.SHIPPED):
-        found = tiles.tile(row.kernel, architecture=row.architecture, bits=row.bits, head_dim=row.head_dim)
-        assert found == row.tile
+        tile = tiles.tile(row.kernel, architecture=row.architecture, bits=row.bits, head_dim=row.head_dim)
+        assert tile == row.tile
         assert row.tile.dims <= row.head_dim
     for architecture in (*architectures.ARCHITECTURES, architectures.INTERPRETER):
         for bits in (16, 32):
             for head_dim in (1, 16, 17, 64, 65, 256):
-                found = tiles.tile("no such kernel", architecture=architecture, bits=bits, head_dim=head_dim)
-                assert found.dims <= tiles.padded_head_dim(head_dim)
+                tile = tiles.tile("no such kernel", architecture=architecture, bits=bits, head_dim=head_dim)
+                assert tile.dims <= tiles.padded_head_dim(head_dim)
 
 
 def test_override_file_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,10 +104,10 @@ def test_invalid_files_say_why(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_architectures_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {
+    architecture = {
         c: architectures.architecture_of_capability(*c) for c in ((8, 0), (8, 9), (9, 0), (10, 3), (12, 0))
     }
-    assert list(found.values()) == ["sm_80", "sm_80", "sm_90", "sm_100", "sm_80"]
+    assert list(architecture.values()) == ["sm_80", "sm_80", "sm_90", "sm_100", "sm_80"]
     with pytest.raises(RuntimeError, match=r"compute capability 8\.0 or higher, this device has 7\.5"):
         architectures.architecture_of_capability(7, 5)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -134,26 +134,26 @@ def test_search_walks_to_the_best_neighbour_and_records_spills(monkeypatch: pyte
         score = 100 * tile.warps / tile.rows + tile.stages + tile.keys / 1000
         return tile_search.Judged(tile, inspected(tile), score)
 
-    said: list[str] = []
+    lines: list[str] = []
     monkeypatch.setattr(tile_search, "judge", judge)
     monkeypatch.setattr(tile_search, "most_spilled", lambda *key: 0)
     monkeypatch.setattr(tile_search, "describe", lambda judged: "as judged")
-    row = tile_search.search("some_kernel", "sm_90", 16, 64, evaluations=40, say=said.append)
+    row = tile_search.search("some_kernel", "sm_90", 16, 64, evaluations=40, say=lines.append)
     assert (row.tile.rows, row.tile.warps, row.tile.stages, row.spill_bytes) == (128, 4, 1, 0)
     assert row.tile.keys == tiles.default_tile(architecture="sm_90", bits=16, head_dim=64).keys
     assert row.key == ("some_kernel", "sm_90", 16, 64)
-    assert any("out of resources" in line for line in said)
+    assert any("out of resources" in line for line in lines)
     # A tile that spills with another dtype gives way to the next best.
     spills = {row.tile: 8}
     monkeypatch.setattr(tile_search, "most_spilled", lambda *key: spills.get(key[-1], 0))
-    other = tile_search.search("some_kernel", "sm_90", 16, 64, evaluations=40, say=said.append)
+    other = tile_search.search("some_kernel", "sm_90", 16, 64, evaluations=40, say=lines.append)
     assert other.tile != row.tile and other.tile.rows == 128 and other.spill_bytes == 0
     assert (
-        tile_search.search("some_kernel", "sm_90", 32, 64, evaluations=40, say=said.append).spill_bytes == 8
+        tile_search.search("some_kernel", "sm_90", 32, 64, evaluations=40, say=lines.append).spill_bytes == 8
     )
     # Two compilations do not reach the best tile. A start that has faults is no answer.
-    few = tile_search.search("some_kernel", "sm_90", 16, 64, evaluations=2, say=said.append)
+    few = tile_search.search("some_kernel", "sm_90", 16, 64, evaluations=2, say=lines.append)
     assert few.tile != row.tile
     monkeypatch.setattr(tile_search.tiles, "tile", lambda *a, **k: Tile(128, 64, 64, 2, 1))
     with pytest.raises(RuntimeError, match="none of 1 tiles suits some_kernel on sm_90"):
-        tile_search.search("some_kernel", "sm_90", 16, 64, evaluations=1, say=said.append)
+        tile_search.search("some_kernel", "sm_90", 16, 64, evaluations=1, say=lines.append)

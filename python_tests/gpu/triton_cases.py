@@ -221,15 +221,15 @@ def attention_of_hostile_values() -> None:
     # With short keys, a float16 gradient divided by their norms would overflow on the way.
     for dtype, norm in itertools.product(KERNEL_DTYPES, (1, 2)):
         case = Case(rule_of(key_norm=norm, bucket_mask=False), L=18, D=8, Dv=8, R=2)
-        found = []
+        results = []
         for precision, call in ((torch.float64, exact), (dtype, triton_attention)):
             q, v = (x.to(dtype) for x in case.inputs(torch.float64))
             q[:, :, ::3] *= 0 if norm == 1 else 1e-2
             q[:, :, 1::3] *= 1e-3
             leaves = [q.to(precision).requires_grad_(), v.to(precision).requires_grad_()]
             out, lse = call(case, *leaves, None)
-            found.append(torch.autograd.grad(out.double().sum() * 100 + lse.double().sum(), leaves))
-        for expected, gradient in zip(*found, strict=True):
+            results.append(torch.autograd.grad(out.double().sum() * 100 + lse.double().sum(), leaves))
+        for expected, gradient in zip(*results, strict=True):
             assert not gradient.isnan().any() and gradient[expected.abs() < 3e4].isfinite().all(), (
                 dtype,
                 norm,
@@ -279,7 +279,7 @@ def attention_of_random_problems() -> None:
 def public_functions() -> None:
     """Public functions with backend="triton" agree with the reference, and so do gradients."""
     for config in (LSHConfig.paper(n_hashes=2, chunk_length=8), LSHConfig.trax(chunk_length=8, causal=True)):
-        found = []
+        results = []
         for backend in ("triton", "reference"):
             leaves = [torch.randn(1, 2, 21, 8, generator=_generator(n)).requires_grad_() for n in range(2)]
             out, lse = F.lsh_attention(
@@ -288,12 +288,12 @@ def public_functions() -> None:
             )  # fmt: skip
             finite = lse.isfinite()
             loss = out.square().sum() + lse[finite].sum()
-            found.append([out, lse[finite], *torch.autograd.grad(loss, leaves)])
-        for a, b in zip(*found, strict=True):
+            results.append([out, lse[finite], *torch.autograd.grad(loss, leaves)])
+        for a, b in zip(*results, strict=True):
             assert_close(a, b, 1e-5)
     q, k, v = (torch.randn(1, 2, 30, 8, generator=_generator(n)) for n in range(3))
     for backend in ("triton", "reference"):
-        found.append(
+        results.append(
             [
                 F.local_attention(q, k, v, chunk_length=8, ring=True, backend=backend),
                 F.lsh_cross_attention(
@@ -302,7 +302,7 @@ def public_functions() -> None:
                 ),
             ]
         )  # fmt: skip
-    for a, b in zip(*found[2:], strict=True):
+    for a, b in zip(*results[2:], strict=True):
         assert_close(a, b, 1e-5)
 
 

@@ -27,7 +27,6 @@ from reformer_kernels.gpu.specializations import OPERATIONS, Specialization, all
 
 Value = TypeVar("Value", int, str)
 
-
 SMALL_SHARED_BYTES = 99 * KIB
 """The shared memory that a block may use on compute capability 8.6, 8.9 and 12.x, which run sm_80's tiles."""
 
@@ -305,11 +304,11 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, list[str]]:
             ).stdout
             for option in ("-res-usage", "-sass")
         )
-    found = _RESOURCES.search(usage)
+    resources = _RESOURCES.search(usage)
     instructions = _INSTRUCTION.findall(assembly)
-    if found is None or not instructions:
+    if resources is None or not instructions:
         raise RuntimeError(f"the disassembler's output was not understood: {usage[:200]!r}")
-    registers, stack = map(int, found.groups())
+    registers, stack = map(int, resources.groups())
     # ptxas spills to a stack frame. Local memory that is accessed without one is counted by access widths.
     local = sum(_width(name) for name in instructions if name.split(".")[0] in ("LDL", "STL"))
     return registers, stack or local, instructions
@@ -347,13 +346,13 @@ def _load_width(name: str) -> int:
     """The bytes that a thread loads from device memory, 0 for an instruction that is no such load."""
     if name.split(".")[0] in ("LDG", "LDGSTS"):
         return _width(name)
-    found = re.match(r"(?:global|buffer|flat)_load_(\w+)", name)
-    if found is None:
+    load = re.match(r"(?:global|buffer|flat)_load_(\w+)", name)
+    if load is None:
         return 0
     for kind, width in _AMD_WIDTHS.items():
-        if found[1].startswith(kind):
+        if load[1].startswith(kind):
             return width
-    return 1 if "byte" in found[1] else 2
+    return 1 if "byte" in load[1] else 2
 
 
 def _count(values: Iterable[Value]) -> dict[Value, int]:

@@ -31,8 +31,7 @@ CHUNK = 64
 """The chunk length that tiles are chosen for. A query meets its own chunk and the one before."""
 
 ROTATION_COLUMNS = 32
-"""The rotation columns of one bucket factor that hashing is judged for: the most that automatic factors have.
-"""
+"""The rotation columns that a hashing tile is judged for: the most that an automatic bucket factor has."""
 
 CACHE_RATE = 2.5
 """How many times as fast as memory the second-level cache reads."""
@@ -49,7 +48,6 @@ LEAST_GAIN = 0.05
 PRODUCTS = {"attention_forward": 2, "attention_backward_queries": 3, "attention_backward_keys": 4}
 """How many matrix products a kernel computes over a tile's pairs. Other kernels multiply once, rows by the
 columns of a rotation."""
-
 
 _DTYPES = {16: (torch.bfloat16, torch.float16), 32: (torch.float32,)}
 """The dtypes that share a tile, by bits. The search walks with the first one."""

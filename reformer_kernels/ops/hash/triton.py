@@ -32,7 +32,7 @@ FACTORS_A_LAUNCH = 4
 """The most bucket factors of one launch, which is as many as automatic factors have."""
 
 _PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-"""How many bfloat16 numbers add up to a number of each dtype."""
+"""How many bfloat16 numbers each dtype splits into."""
 
 _INTEGERS = (
     *("batch_stride", "head_stride", "row_stride", "rotation_head_stride", "rotation_stride", "width"),

@@ -310,7 +310,7 @@ def forward(
         bytes_a_head = L * ((D + DV) * q.element_size() + running_bytes) + LK * DV * q.element_size()
         bytes_a_head += 0 if inputs.k is None else LK * D * q.element_size()
         group = heads_together(q.device, B * H, tiles, bytes_a_head) if R > 1 else B * H
-        # Rounds are summed in float32, which float32 results are in place.
+        # Rounds are merged in float32: inside `out` where that is float32, else in memory of their own.
         in_place = R == 1 or out.dtype == torch.float32
         running = out if in_place else out.new_empty((1, group, L, DV), dtype=torch.float32)
         strides = named_strides("running", running)
@@ -348,7 +348,7 @@ def backward(
     grad_k: Tensor | None,
     grad_v: Tensor,
 ) -> None:
-    """Writes the gradients of q, v and, where it is given, k; grad_k is None where it is not."""
+    """Writes the gradients of q, v and k; grad_k is None where queries serve as keys."""
     if not lse.numel():
         return
     q, k, v = inputs.q, inputs.k, inputs.v

@@ -34,6 +34,8 @@ class Plan:
         wraps: how often a range may go around the ring, at most.
         jump: the distance between the codes of neighbouring buckets; see `tables`.
         separate: keys are sorted apart from queries.
+        rank_window: a query sees a window of ranks, not of chunks.
+        ring: a query's range goes on into the rounds before and after.
         buckets: NO_BUCKETS, INSIDE_BUCKET or COMPARE_BUCKETS.
     """
 
@@ -57,8 +59,7 @@ class Plan:
     def integers(self) -> dict[str, int]:
         """The sizes that the tile kernels take, by argument name.
 
-        Where keys are sorted apart, ranges come from `lows` and `highs`, and `before` is read with codes
-        alone, which have before - 1 in its place.
+        Where keys are sorted apart, kernels use `before` to compare codes alone, and those reach one less.
         """
         names = ("L", "LK", "R", "S", "slots", "after", "chunk_length", "chunks", "wraps")
         return {name: getattr(self, name) for name in names} | {"before": self.before - self.separate}
@@ -176,8 +177,7 @@ def _cache_and_processors(device: torch.device) -> tuple[int, int]:
 
 
 def device_seed(seed: Tensor, device: torch.device) -> Tensor:
-    """`seed` on the device. A seed on the CPU is filled in there by a kernel, as a copy could wait for the
-    device."""
+    """`seed` on the device. A seed on the CPU gets there as the value of a fill, which waits for nothing."""
     if seed.device == device:
         return seed
     return torch.full((1,), int(seed), dtype=torch.int64, device=device)

@@ -90,8 +90,8 @@ def load_block(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """The block of N slots from `base` to below `highest`, of tokens whose rounds have `length` ranks.
 
-    Returns the first slot's place on the ring and, for each column [N], round, rank, position, whether it is
-    valid, and bucket id.
+    Returns the first slot as counted around the ring and, for each column [N], round, rank, position, whether
+    it is valid, and bucket id.
     """
     first_slot, rounds, ranks = block_ranks(base, round_, slots, R, wraps, RING, N)
     valid = (base + tl.arange(0, N) < highest) & (ranks < length)
@@ -149,8 +149,8 @@ def ranges(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def block_ranks(base, round_, slots, R, wraps, RING: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where the N slots from `base` of the tile's round are: the first one's place on the ring, and the round
-    and the rank of each."""
+    """The first of the N slots from `base` of the tile's round, counted around the ring, and the round and
+    the rank of each."""
     if RING:
         ring = R.to(tl.int64) * slots
         first_slot = ((round_ * slots + base + (wraps + 1) * ring) % ring).to(tl.int32)
