@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+
+from reformer_kernels._backend import interpreted
 
 PARTITIONS = 4
 """Parts of a multiprocessor, each with registers and a scheduler of its own."""
@@ -137,11 +138,6 @@ ARCHITECTURES = tuple(CHIPS)
 
 INTERPRETER = "interpreter"
 """The architecture of Triton's interpreter, whose small tiles make small tests cross tile borders."""
-
-
-def interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter: TRITON_INTERPRET says so when triton is imported."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "on", "true")
 
 
 def architecture_of(device: torch.device | str) -> str:

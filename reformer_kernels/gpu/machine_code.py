@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from reformer_kernels._backend import interpreted
 from reformer_kernels.gpu import tiles
-from reformer_kernels.gpu.architectures import CHIPS, KIB, PARTITIONS, Chip, interpreted
+from reformer_kernels.gpu.architectures import CHIPS, KIB, PARTITIONS, Chip
 from reformer_kernels.gpu.specializations import OPERATIONS, Specialization, all_specializations
 
 Value = TypeVar("Value", int, str)

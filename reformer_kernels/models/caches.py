@@ -18,11 +18,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from reformer_kernels import _dispatch, functional
-from reformer_kernels._backend import resolve_backend
-from reformer_kernels.config import AttentionRule, LSHConfig, resolve_rule, resolve_scale
+from reformer_kernels import functional
+from reformer_kernels._backend import resolve_sort_backend
+from reformer_kernels.config import LSHConfig
+from reformer_kernels.functional.hashing import layout_by_position
 from reformer_kernels.layout import Layout
-from reformer_kernels.ops.attention.reference import key_range, normalise_keys, widest_range
+from reformer_kernels.ops.sort.op import bucket_sort
+from reformer_kernels.rule import AttentionRule, key_range, normalise_keys, self_attention_rule, widest_range
 
 MERGE_EVERY = 128
 
@@ -41,8 +43,9 @@ class _Cache:
         self.config = config
         self.max_length = max_length
         self.room = min(room, max_length)
+        self.shared_qk = shared_qk
         # Not the rule of a sequence within one chunk: those are told apart row by row.
-        self.rule = resolve_rule(config, max(max_length, config.chunk_length + 1), shared_qk=shared_qk)
+        self.rule = self_attention_rule(config, max(max_length, config.chunk_length + 1), shared_qk=shared_qk)
         self.started = False
         self.keys = self.values = self.lengths = torch.empty(0)
 
@@ -77,7 +80,7 @@ class _Cache:
         index = (head * self.room + (j % self.room).masked_fill(~visible, 0)).flatten()
         keys = self.keys.view(-1, D).index_select(0, index).view(B, H, -1, D).to(precision)
         values = self.values.flatten(0, 2).index_select(0, index).unflatten(0, (B, H, -1)).to(precision)
-        scale = resolve_scale(self.config.scale, D)
+        scale = self.config.logit_scale(D, shared_qk=self.shared_qk)
         logits = scale * (keys @ q.transpose(2, 3).to(precision)).squeeze(-1)  # [B, H, W]
         if self.rule.correct_duplicates:
             logits = logits - _multiplicity(j.masked_fill(~visible, -1)).to(precision).log()
@@ -106,7 +109,7 @@ class _Cache:
 class LocalCache(_Cache):
     """Of a layer that attends within chunks by position; full attention is one chunk as long as the sequence.
 
-    config: see `reformer_kernels.config.local_config`.
+    config: see `reformer_kernels.rule.local_attention_config`.
     """
 
     def __init__(self, config: LSHConfig, max_length: int) -> None:
@@ -154,7 +157,7 @@ class LSHCache(_Cache):
         self.start(normalise_keys(qk.to(_precision(qk)), self.rule.key_norm), v)
         self._merge()
         short = self.config.is_short(L)
-        layout = _dispatch.layout_by_position(qk) if short else Layout(self.order[..., :L], self.starts)
+        layout = layout_by_position(qk) if short else Layout(self.order[..., :L], self.starts)
         return functional.attend(qk, v, layout, self.config, backend=self.backend)
 
     def step(self, hashed: Tensor, qk: Tensor, v: Tensor) -> Tensor:
@@ -187,8 +190,8 @@ class LSHCache(_Cache):
         longest = int(self.lengths.max())
         absent = torch.arange(longest, device=self.lengths.device) >= self.lengths[:, None]  # [B, longest]
         buckets = self.buckets[..., :longest].masked_fill(absent[:, None, None], n)
-        backend = resolve_backend(self.backend, buckets.device, torch.float32)
-        self.order, self.starts = _dispatch.sort_buckets(buckets, n + 1, n + 2, backend)
+        backend = resolve_sort_backend("reference" if self.backend == "reference" else "auto", buckets.device)
+        self.order, self.starts = bucket_sort(buckets, n + 1, n + 2, backend)
         self.recent = self.lengths.new_zeros(*buckets.shape[:3], 0)
         self.recent_buckets = self.buckets.new_zeros(*buckets.shape[:3], 0)
 

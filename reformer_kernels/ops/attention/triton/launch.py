@@ -14,7 +14,6 @@ import triton
 from torch import Tensor
 
 from reformer_kernels._random import threshold as dropout_threshold
-from reformer_kernels.config import AttentionRule
 from reformer_kernels.gpu.architectures import architecture_of
 from reformer_kernels.gpu.launching import alignment, check_programs, check_rows, on_device, row_strides
 from reformer_kernels.gpu.tiles import Tile, padded_head_dim, tile
@@ -35,6 +34,7 @@ from reformer_kernels.ops.attention.triton.plan import (
 )
 from reformer_kernels.ops.attention.triton.rowwise import attention_finish_kernel, attention_rows_kernel
 from reformer_kernels.ops.attention.triton.tables import attention_cursors_kernel, attention_tables_kernel
+from reformer_kernels.rule import AttentionRule
 
 TABLE_BLOCK = 256
 """Ranks that one program of the table kernels takes."""
