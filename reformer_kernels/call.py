@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from reformer_kernels.config import LSHConfig
 from reformer_kernels.rule import AttentionRule, cross_attention_rule, self_attention_rule
 
 
-@dataclass(frozen=True)
-class AttentionCall:
+class AttentionCall(NamedTuple):
     """What a public function decided once for a call; nothing below it decides it again.
 
     Attributes:

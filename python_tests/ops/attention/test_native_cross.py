@@ -252,19 +252,19 @@ def test_layouts_that_do_not_fit_are_refused() -> None:
 def test_memory_is_bounded() -> None:
     """No sorted copies, no [rounds, L, D]: the workspaces, in tables of 4 bytes and a few rows a thread."""
     q, k, v = (normal(1, 4, 8192, 64, dtype=torch.float32, seed=n).requires_grad_() for n in range(3))
-    from reformer_kernels.ops.attention import op
+    from reformer_kernels.ops.attention import native
 
     sizes: list[int] = []
-    workspace = op._workspace
+    workspace = native._workspace
 
     def record(size: int) -> torch.Tensor:
         sizes.append(size)
         return workspace(size)
 
-    op._workspace = record
+    native._workspace = record
     try:
         F.lsh_cross_attention(q, k, v, LSHConfig(), seed=0).sum().backward()
     finally:
-        op._workspace = workspace
+        native._workspace = workspace
     rows = 3 * q.numel() * 4
     assert len(sizes) == 2 and max(sizes) < 0.5 * rows, (sizes, rows)

@@ -286,7 +286,7 @@ def test_working_memory() -> None:
             rows = native.Rows(data=q.data_ptr())
             parameters = native.AttentionParams(
                 B=B, H=H, L=L, D=D, Dv=D, R=R, q=rows, v=rows, starts_size=2 * L // 64 + 2,
-                rule=native.AttentionRule(**dataclasses.asdict(rule)), threads=threads,
+                rule=native.AttentionRule(**rule._asdict()), threads=threads,
             )  # fmt: skip
             forward = native.attention_forward_workspace_bytes(parameters)
             backward = native.attention_backward_workspace_bytes(parameters)

@@ -57,12 +57,15 @@ class Arguments(NamedTuple):
     @classmethod
     def of(cls, *flat: Any) -> Arguments:
         """The arguments as an operator receives them, where the rule has become a list of integers."""
-        arguments = cls(*flat)
-        if len(arguments.rule) != len(AttentionRule._fields):
+        place = cls._fields.index("rule")
+        rule = flat[place]
+        if len(rule) != len(AttentionRule._fields):
             raise ValueError(
-                f"rule must be an AttentionRule, {len(AttentionRule._fields)} integers, got {arguments.rule}"
+                f"rule must be an AttentionRule, {len(AttentionRule._fields)} integers, got {rule}"
             )
-        return arguments._replace(rule=AttentionRule(*arguments.rule))
+        values: list[Any] = list(flat)
+        values[place] = AttentionRule(*rule)
+        return cls(*values)
 
     @property
     def separate(self) -> bool:

@@ -95,7 +95,7 @@ def _parameters(arguments: Arguments, out: Tensor, lse: Tensor) -> Any:
         key_starts=pointer("key_bucket_starts"),
         starts_size=arguments.bucket_starts.size(-1),
         key_bias=pointer("key_bias"),
-        rule=native.AttentionRule(**arguments.rule._asdict()),
+        rule=native.AttentionRule(*arguments.rule),
         scale=arguments.scale,
         dropout_threshold=min(int(arguments.dropout_p * 2**32), 2**32 - 1),
         keep_scale=1.0 / (1.0 - arguments.dropout_p),

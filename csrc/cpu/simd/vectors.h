@@ -1,9 +1,10 @@
-// Vectors of REFORMER_LANES floats for one instruction-set variant.
+// Vectors of REFORMER_LANES floats, written once for all instruction sets.
 //
-// Kernel sources are compiled once a variant with REFORMER_ISA (namespace) and REFORMER_LANES defined, so
-// everything here lives in the variant's namespace and is static: a function that the linker could share
-// between variants would run AVX-512 code on a machine without it. For the same reason no standard header
-// with inline functions is included.
+// Kernel sources are compiled once for each instruction set (see ../variants.h), with REFORMER_ISA naming it
+// and REFORMER_LANES its vector length: 4 portable, 8 for AVX2, 16 for AVX-512. GCC's vector types do most of
+// the rest; what needs an intrinsic of its own is in this folder, under #if. Everything is static and in the
+// namespace of the instruction set: if the linker could share a function between them, a machine without
+// AVX-512 might run AVX-512 code. That is also why no standard header with inline functions is included.
 #pragma once
 
 #include <cstddef>
@@ -14,10 +15,11 @@
 #include <immintrin.h>
 #endif
 
-#include "../kernels.h"
+#include "../../kernels.h"
 
 #define REFORMER_INLINE static inline __attribute__((always_inline))
-// For members. Functions that only prefetch need it: GCC takes them for pure and would drop a call.
+// The same for members. Functions that only prefetch need it, because GCC takes them for pure and would drop
+// the call.
 #define REFORMER_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace reformer {
@@ -54,10 +56,10 @@ REFORMER_INLINE void store(float* p, vfloat v) { memcpy(p, &v, sizeof(v)); }
 
 REFORMER_INLINE vfloat splat(float x) { return x - vfloat{}; }
 REFORMER_INLINE vint splat(int32_t x) { return x - vint{}; }
-// Lanes of `a` where `mask` is set (all ones), of `b` elsewhere.
+// For each lane, `a` where `mask` is all ones and `b` where it is zero.
 REFORMER_INLINE vfloat select(vint mask, vfloat a, vfloat b) { return mask ? a : b; }
 REFORMER_INLINE vfloat vmax(vfloat a, vfloat b) { return a > b ? a : b; }
-REFORMER_INLINE vfloat vmin(vfloat a, vfloat b) { return a > b ? b : a; }  // NaN stays, from `a`
+REFORMER_INLINE vfloat vmin(vfloat a, vfloat b) { return a > b ? b : a; }  // NaN in `a` stays
 REFORMER_INLINE vint iota() {
   vint v{};
 #pragma GCC unroll 16
@@ -65,7 +67,8 @@ REFORMER_INLINE vint iota() {
   return v;
 }
 
-// Horizontal results, always by halving: lane i meets lane i + n/2, so the order of addition is fixed.
+// Horizontal results are computed by halving: lane i is combined with lane i + n/2, and so on. The order of
+// addition is therefore fixed.
 template <int kWidth>
 REFORMER_INLINE vfloat swap_lanes(vfloat v) {
 #define REFORMER_FOUR(lane) \
@@ -103,25 +106,26 @@ REFORMER_INLINE float max_of_lanes(vfloat v) {
   return v[0];
 }
 
-// Lane i is table[index[i]], for indices of lanes.
+// Lane i of the result is table[index[i]]; indices are in [0, kLanes).
 REFORMER_INLINE vfloat look_up(vfloat table, vint index) {
 #if REFORMER_LANES == 16 && defined(__AVX512F__)
   return (vfloat)_mm512_permutexvar_ps((__m512i)index, (__m512)table);
 #elif REFORMER_LANES == 8 && defined(__AVX2__)
   return (vfloat)_mm256_permutevar8x32_ps((__m256)table, (__m256i)index);
 #else
-  vfloat found{};
-  for (int lane = 0; lane < kLanes; ++lane) found[lane] = table[index[lane]];
-  return found;
+  vfloat values{};
+  for (int lane = 0; lane < kLanes; ++lane) values[lane] = table[index[lane]];
+  return values;
 #endif
 }
 
-// 2^x to about 2 ulp for x in [-126, 127], 0 below, NaN for NaN and +inf; not for finite x above 127. The
-// polynomial is a minimax fit to (2^f - 1) / f on [-1/2, 1/2], of relative error 9e-8 in 2^f.
+// 2^x to about 2 ulp for x in [-126, 127]; 0 for lower x, and NaN for NaN and +inf. Finite x above 127 are
+// not supported. The polynomial is a minimax fit to (2^f - 1) / f on [-1/2, 1/2], with a relative error of
+// 9e-8 in 2^f.
 REFORMER_INLINE vfloat exp2_of(vfloat x) {
   constexpr float kLowest = -126.0f;
-  constexpr float kShift =
-      12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+  // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits of the mantissa.
+  constexpr float kShift = 12582912.0f;
   const vfloat shifted = x + kShift;
   const vfloat f = x - (shifted - kShift);
   vfloat y = splat(1.326472614891827e-3f);
@@ -130,16 +134,16 @@ REFORMER_INLINE vfloat exp2_of(vfloat x) {
   y = y * f + 2.4022242426872253e-1f;
   y = y * f + 6.931470036506653e-1f;
   y = y * f + 1.0f;
-  vuint shifted_bits, bits;  // far from zero they wrap, and are not used
+  vuint shifted_bits, bits;  // for x below kLowest they wrap around and are not used
   memcpy(&shifted_bits, &shifted, sizeof(bits));
   memcpy(&bits, &y, sizeof(bits));
-  bits += shifted_bits << 23;  // the shift drops kShift's own bits: only the integer's remain
+  bits += shifted_bits << 23;  // this drops the bits of kShift; those of the integer remain
   memcpy(&y, &bits, sizeof(bits));
   return select(x < kLowest, vfloat{}, y);
 }
 REFORMER_INLINE float exp2_of(float x) { return exp2_of(splat(x))[0]; }
 
-// 4x4 transposition inside each 128-bit part of a, b, c, d.
+// Transposes the 4x4 matrix in each 128-bit part of a, b, c, d.
 REFORMER_INLINE void transpose4(vfloat& a, vfloat& b, vfloat& c, vfloat& d) {
 #if REFORMER_LANES == 4
 #define REFORMER_LOW(x, y) __builtin_shufflevector(x, y, 0, 4, 1, 5)
@@ -173,7 +177,7 @@ REFORMER_INLINE void transpose4(vfloat& a, vfloat& b, vfloat& c, vfloat& d) {
 #undef REFORMER_ODD
 }
 
-// Four words from each of kLanes / 4 addresses `stride` words apart, side by side.
+// Loads four words from each of kLanes / 4 addresses that are `stride` words apart.
 template <typename Word>
 REFORMER_INLINE vfloat load_quarters(const Word* p, int64_t stride) {
 #if REFORMER_LANES == 4
@@ -201,7 +205,7 @@ REFORMER_INLINE void transpose_lanes(const Word* in, int64_t in_stride, int64_t 
   static_assert(sizeof(Word) == sizeof(float));
   int64_t column = 0;
   for (; column + 4 <= columns; column += 4) {
-    // Vector j holds rows j, 4 + j, 8 + j ..., so that transposing inside 128-bit parts is enough.
+    // Vector j holds four columns of rows j, 4 + j, 8 + j ..., so only the 128-bit parts need transposing.
     vfloat a = load_quarters(in + column, 4 * in_stride);
     vfloat b = load_quarters(in + in_stride + column, 4 * in_stride);
     vfloat c = load_quarters(in + 2 * in_stride + column, 4 * in_stride);

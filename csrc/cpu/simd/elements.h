@@ -1,7 +1,7 @@
-// Rows of stored elements (float32, bfloat16, float16) to and from float32.
+// Conversion between stored elements (float32, bfloat16, float16) and float32: single ones, vectors and rows.
 #pragma once
 
-#include "simd.h"
+#include "vectors.h"
 
 namespace reformer {
 namespace REFORMER_ISA {
@@ -43,7 +43,8 @@ REFORMER_INLINE float to_float(Float16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return float_of_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  // A float16 magnitude shifted into a float32 is off by 2^(127 - 15); multiplying restores denormals too.
+  // The exponent biases differ by 127 - 15, so the shifted bits are 2^-112 of the value. Multiplying, rather
+  // than adding to the exponent, is right for denormals too.
   const float value = float_of_bits(magnitude << 13) * 0x1p112f;
   return float_of_bits(sign | bits_of_float(value));
 }
@@ -62,8 +63,8 @@ REFORMER_INLINE void from_float(float x, Float16* out) {
     half = 0x7e00u;
   } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
     half = 0x7c00u;
-  } else if (magnitude <
-             0x38800000u) {  // below 2^-14: adding 0.5 leaves the rounded denormal in the low bits
+  } else if (magnitude < 0x38800000u) {
+    // Below 2^-14 the result is a denormal: adding 0.5 leaves it, rounded, in the low bits.
     half = bits_of_float(float_of_bits(magnitude) + 0.5f) - bits_of_float(0.5f);
   } else {
     half = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
@@ -91,7 +92,7 @@ REFORMER_INLINE vfloat load_floats(const Float16* p) {
 #endif
 }
 
-// dst[0 .. n) = scale * src, and zeros up to `padded`.
+// dst[0 .. n) = scale * src in float32, and dst[n .. padded) = 0.
 template <typename T>
 REFORMER_INLINE void load_row(const T* src, int64_t n, int64_t padded, float* dst, float scale = 1.0f) {
   int64_t i = 0;
@@ -116,8 +117,7 @@ REFORMER_INLINE T* row_of(const Rows& rows, int64_t b, int64_t h, int64_t i) {
   return static_cast<T*>(rows.data) + b * rows.batch_stride + h * rows.head_stride + i * rows.row_stride;
 }
 
-// Asks for `bytes` bytes of a row that will be read, or read and written, soon. Rows are gathered in sorted
-// order, which no hardware prefetcher foresees.
+// Prefetches a row of `bytes` bytes. Rows are gathered in sorted order, which the hardware cannot predict.
 REFORMER_INLINE void prefetch_row(const void* row, int64_t bytes) {
   const char* p = static_cast<const char*>(row);
   const char* end = p + bytes;  // a row need not begin on a cache line

@@ -1,13 +1,13 @@
-// What the matrix products of attention multiply: floats or, in a variant with REFORMER_BF16_PAIRS, pairs of
-// bfloat16 that are neighbours along the reduction.
+// The operands of attention's matrix products: floats or, where REFORMER_BF16_PAIRS is defined (AVX512-BF16),
+// pairs of bfloat16 values that are neighbours along the dimension that the product sums over.
 //
-// AVX512-BF16 adds to a float32 the product of the high halves of two pairs, rounds, adds that of the low
-// halves, and rounds. Pairs of rows therefore hold the first row in the high half: a sum over rows is then
-// one chain of additions in rising order, as with floats, whichever rows make a pair. Denormal numbers count
-// as zero there.
+// The AVX512-BF16 instruction adds to a float32 the product of the high halves of two pairs, rounds, adds the
+// product of the low halves, and rounds again. Pairs of rows therefore hold the first row in the high half:
+// a sum over rows is then one chain of additions in rising order, as with floats, however rows are paired.
+// The instruction takes denormal values for zero.
 #pragma once
 
-#include "convert.h"
+#include "elements.h"
 
 namespace reformer {
 namespace REFORMER_ISA {
@@ -18,7 +18,7 @@ struct Pair {
 
 template <typename T>
 struct OperandOf {
-  using type = float;  // what is stored in 16 bits is widened
+  using type = float;  // 16-bit elements are widened
 };
 #ifdef REFORMER_BF16_PAIRS
 template <>
@@ -26,7 +26,7 @@ struct OperandOf<BFloat16> {
   using type = Pair;
 };
 #endif
-// What rows of elements T are multiplied as.
+// The operands that rows of elements T become.
 template <typename T>
 using Operand = typename OperandOf<T>::type;
 
@@ -35,12 +35,12 @@ inline constexpr bool kIsPaired = false;
 template <>
 inline constexpr bool kIsPaired<Pair> = true;
 
-// Numbers in an operand, and operands that n numbers along the reduction take.
+// The number of values in one operand, and of operands that n values take.
 template <typename Op>
-constexpr int kNumbers = kIsPaired<Op> ? 2 : 1;
+constexpr int kValuesPerOperand = kIsPaired<Op> ? 2 : 1;
 template <typename Op>
-REFORMER_INLINE int64_t operands(int64_t n) {
-  return (n + kNumbers<Op> - 1) / kNumbers<Op>;
+REFORMER_INLINE int64_t operand_count(int64_t n) {
+  return (n + kValuesPerOperand<Op> - 1) / kValuesPerOperand<Op>;
 }
 
 template <typename Op>
@@ -58,35 +58,35 @@ REFORMER_INLINE vfloat multiply_add(vfloat sum, float a, vfloat b) { return sum 
 
 typedef uint32_t vhalf __attribute__((vector_size(kLanes * 2)));
 
-REFORMER_INLINE void store_pairs(void* place, vuint pairs) { memcpy(place, &pairs, sizeof(pairs)); }
+REFORMER_INLINE void store_pairs(void* out, vuint pairs) { memcpy(out, &pairs, sizeof(pairs)); }
 
 #ifdef __AVX512BF16__
 REFORMER_INLINE vfloat multiply_add(vfloat sum, Pair a, vuint b) {
   return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(a.bits - vuint{}), (__m512bh)b);
 }
 
-// Numbers (first, second) of each lane, rounded, as pairs of rows.
+// The pair (first, second) of each lane, rounded to bfloat16, with `first` in the high half.
 REFORMER_INLINE vuint pairs_of_rows(vfloat first, vfloat second) {
-  typedef uint16_t vnumbers __attribute__((vector_size(kLanes * 4)));
-  const vnumbers zip = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  typedef uint16_t vbfloat16s __attribute__((vector_size(kLanes * 4)));
+  const vbfloat16s zip = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return (vuint)_mm512_permutexvar_epi16((__m512i)zip,
                                          (__m512i)_mm512_cvtne2ps_pbh((__m512)first, (__m512)second));
 }
 
-// The kLanes numbers of x, rounded, each with its neighbour, the first in the high half.
+// The kLanes values of x, rounded to bfloat16; each pair is two neighbours, with the first in the high half.
 REFORMER_INLINE vhalf pairs_of_neighbours(vfloat x) {
   const vhalf pairs = (vhalf)_mm512_cvtneps_pbh((__m512)x);
   return pairs << 16 | pairs >> 16;
 }
 
-// The 2 kLanes numbers of low and high, likewise.
+// The same for the 2 kLanes values of `low` and `high`.
 REFORMER_INLINE vuint pairs_of_neighbours(vfloat low, vfloat high) {
   const vuint pairs = (vuint)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
   return pairs << 16 | pairs >> 16;
 }
 #else
-// The same without the instructions, to run and test this code anywhere.
+// The same without the instructions, so that tests can run this code on any machine.
 REFORMER_INLINE vfloat floats_of_bits(vuint bits) {
   vfloat floats;
   memcpy(&floats, &bits, sizeof(floats));
@@ -113,17 +113,17 @@ REFORMER_INLINE vhalf pairs_of_neighbours(vfloat x) {
   return pairs;
 }
 REFORMER_INLINE vuint pairs_of_neighbours(vfloat low, vfloat high) {
-  float numbers[2 * kLanes];
-  store(numbers, low);
-  store(numbers + kLanes, high);
+  float values[2 * kLanes];
+  store(values, low);
+  store(values + kLanes, high);
   vfloat first{}, second{};
   for (int lane = 0; lane < kLanes; ++lane)
-    first[lane] = numbers[2 * lane], second[lane] = numbers[2 * lane + 1];
+    first[lane] = values[2 * lane], second[lane] = values[2 * lane + 1];
   return pairs_of_rows(first, second);
 }
 #endif
 
-// dst = the n numbers of src as operands, neighbours in memory's order, and zeros up to `padded` numbers.
+// dst = the n values of src as operands, in memory order, followed by zeros up to `padded` values.
 template <typename T>
 REFORMER_INLINE void load_operands(const T* src, int64_t n, int64_t padded, float* dst) {
   load_row(src, n, padded, dst);
@@ -137,18 +137,18 @@ REFORMER_INLINE void load_operands(const BFloat16* src, int64_t n, int64_t padde
   for (; i < padded; ++i) memset(out + 2 * i, 0, 2);
 }
 
-// Multiplies the numbers of `count` pairs by a power of two.
+// Multiplies the values of `count` pairs by a power of two.
 static inline void scale_pairs(Pair* pairs, int64_t count, float power) {
   for (int64_t i = 0; i < count; ++i) {
-    BFloat16 numbers[2];
-    memcpy(numbers, pairs + i, sizeof(numbers));
-    for (BFloat16& number : numbers) from_float(to_float(number) * power, &number);
-    memcpy(pairs + i, numbers, sizeof(numbers));
+    BFloat16 values[2];
+    memcpy(values, pairs + i, sizeof(values));
+    for (BFloat16& value : values) from_float(to_float(value) * power, &value);
+    memcpy(pairs + i, values, sizeof(values));
   }
 }
 
-// Rows of `stride` operands in pairs, as a product that reduces over rows takes them:
-// out[i][k] = (in[2i][k], in[2i + 1][k]) for k < 2 stride. An odd number of rows is followed by one of zeros.
+// Pairs rows of `stride` operands for a product that sums over rows:
+// out[i][k] = (in[2i][k], in[2i + 1][k]) for k < 2 stride. If `rows` is odd, a row of zeros must follow.
 REFORMER_INLINE void pair_rows(const Pair* in, int64_t stride, int64_t rows, Pair* out) {
   typedef uint16_t vshort __attribute__((vector_size(kLanes * 2)));
   for (int64_t row = 0; row < rows; row += 2, in += 2 * stride)

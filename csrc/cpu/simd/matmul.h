@@ -1,8 +1,8 @@
-// Register-blocked products of small row-major matrices that live in cache: C (+)= A B.
+// Register-blocked products of small row-major matrices that are in the cache: C = A B or C += A B.
 //
-// The inner kernel holds up to kGroupRows rows times two vectors of C in registers and takes, a step, one
-// row of B and one operand of A for each row. Every element of C is one chain of multiply-adds in rising
-// order of the inner index, so a result does not depend on where in a block it is computed.
+// The inner kernel holds up to kGroupRows rows times two vectors of C in registers. Each step takes one row
+// of B, and one operand of A for each row of C. Every element of C is one chain of multiply-adds in rising
+// order of the inner index, so its value does not depend on where in a block it is computed.
 #pragma once
 
 #include "operands.h"
@@ -10,12 +10,12 @@
 namespace reformer {
 namespace REFORMER_ISA {
 
-// Rows of C in one block. With two vectors a row the accumulators fill most of 16 registers; of 32 they leave
-// half free, as fewer rows at a time skip more of what a causal mask excludes.
+// The rows of C in one block. With two vectors per row the accumulators fill most of 16 registers. With
+// AVX-512 they fill only half of 32: the fewer rows at a time, the more of a causal mask can be skipped.
 constexpr int kGroupRows = kLanes == 16 ? 8 : 6;
 
-// Rows of B that are neighbours in memory; B is one piece after the other. Depths and strides are in
-// operands.
+// B is given as pieces, one below the other, because its rows are gathered panel by panel. A piece is `depth`
+// rows that are neighbours in memory. Depths and strides are counted in operands.
 template <typename Op>
 struct Piece {
   const Op* rows;
@@ -27,7 +27,7 @@ struct Pieces {
   int64_t count, row_stride;
 };
 
-// A's element (row, k): a[row * a_stride + k], or a[k * a_stride + row] where kTransposed.
+// One block. Element (row, k) of A is a[row * a_stride + k], or a[k * a_stride + row] if kTransposed.
 template <typename Op, bool kTransposed, int kRows, int kVectors>
 static __attribute__((noinline)) void multiply_block(const Op* a, int64_t a_stride, const Pieces<Op>& b,
                                                      int64_t b_column, float* c, int64_t c_stride,
@@ -63,6 +63,7 @@ static __attribute__((noinline)) void multiply_block(const Op* a, int64_t a_stri
 template <typename Op>
 using BlockKernel = void (*)(const Op*, int64_t, const Pieces<Op>&, int64_t, float*, int64_t, bool);
 
+// The kernel for `rows` rows, from 1 to kGroupRows.
 template <typename Op, bool kTransposed, int kVectors, int kRows = kGroupRows>
 REFORMER_INLINE BlockKernel<Op> block_kernel(int rows) {
   if constexpr (kRows == 1) {
@@ -74,7 +75,8 @@ REFORMER_INLINE BlockKernel<Op> block_kernel(int rows) {
   }
 }
 
-// C[0 .. rows)[0 .. width) (+)= A B for rows <= kGroupRows and a width that is a multiple of kLanes.
+// C[0 .. rows)[0 .. width) = A B, or += if `accumulate`, for at most kGroupRows rows and a width that is a
+// multiple of kLanes.
 template <bool kTransposed, typename Op>
 REFORMER_INLINE void multiply_group(int rows, const Op* a, int64_t a_stride, const Pieces<Op>& b,
                                     int64_t width, float* c, int64_t c_stride, bool accumulate) {

@@ -1,8 +1,8 @@
-// Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), kLanes counters at
-// once.
+// The random numbers of dropout: Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2,
+// 3", 2011), kLanes counters at a time.
 #pragma once
 
-#include "simd.h"
+#include "vectors.h"
 
 namespace reformer {
 namespace REFORMER_ISA {
