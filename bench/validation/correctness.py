@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
+import reformer_kernels.ops.residual.op  # noqa: F401  registers the operators
 from reformer_kernels import Layout, LSHConfig, functional
 from reformer_kernels.testing import TOLERANCE, near_ties, normal, relative_error
 from validation.context import Context, Row, attempts

@@ -59,8 +59,7 @@ def race_steps(context: Context) -> Iterator[Row]:
 
 
 def capture_steps(context: Context) -> Iterator[Row]:
-    """No call waits for the device, and a CUDA graph of a call replays with new numbers in the same tensors.
-    """
+    """No call waits for the device, and a CUDA graph of a call replays on new numbers in its tensors."""
     chunk = context.pick(64, 16)
     config = LSHConfig.paper(n_hashes=2, chunk_length=chunk, causal=True)
     shape = context.pick((2, 8, 4096, 64), (1, 1, 24, 16))

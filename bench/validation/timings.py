@@ -98,8 +98,7 @@ class Timer:
     def row(
         self, name: str, make: Callable[[], Call], floors: Sequence[str], shape: Shape, **about: Any
     ) -> Row:
-        """The row of the call that `make` prepares. Its floor is the sum of those of the operations `floors`.
-        """
+        """The row of the call that `make` prepares. Its floor is the sum of those of its operations."""
         return attempt(name, partial(self._time, make, floors, shape, about))
 
     def _time(self, make: Callable[[], Call], floors: Sequence[str], shape: Shape, about: Row) -> Row:
@@ -188,8 +187,7 @@ def other_steps(context: Context) -> Iterator[Row]:
 
 
 def target_rows(rows: Sequence[Row], dry_run: bool) -> Iterator[Row]:
-    """The targets for an H100 (bf16, D = 64, chunk 64) and what was measured. A dry run meets none of them.
-    """
+    """The targets for an H100 (bf16, D = 64, chunk 64) and what was measured. A dry run meets none."""
     timed = [row for row in rows if "eager_us" in row]
 
     def find(operation: str, **fields: Any) -> Row | None:

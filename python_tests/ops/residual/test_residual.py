@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import reformer_kernels.ops.residual.op  # noqa: F401  registers the operators
 from python_tests.native_tools import isa, runnable_isas, torch_threads
 from reformer_kernels._limits import KERNEL_DTYPES
 from reformer_kernels.ops.residual import reference

@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-import reformer_kernels.functional  # noqa: F401  registers the operators
+import reformer_kernels.ops.residual.op  # noqa: F401  registers the operators
 from reformer_kernels._limits import KERNEL_DTYPES
 from reformer_kernels.ops.residual import reference
 
