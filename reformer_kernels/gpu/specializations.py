@@ -1,13 +1,13 @@
-"""One compile of one Triton kernel, described so that it needs no device and no tensor.
+"""Every Triton kernel, described as its launcher compiles it, with no device and no tensor.
 
 The module that `MODULES` names for an operation has a function
 
     specializations(*, architecture, dtype, head_dim, options, tiles={}) -> list[Specialization]
 
-that lists its kernels as its launcher would compile them for such tensors: with `options` "off" the least
-that can be asked of them, with "all" everything at once. `tiles` replaces the table's tile by kernel name,
-for the search of tiles. `all_specializations` collects them; tests, `reformer-kernels inspect` and the search
-read them. Neither this module nor `tiles` imports Triton.
+that lists the operation's kernels as its launcher compiles them for such tensors. With `options` "off" they
+do the least that can be asked of them, with "all" everything at once. `tiles` maps kernel names to tiles that
+replace the table's, for the search of tiles. Tests, `reformer-kernels inspect` and the search read the list
+from `all_specializations`. Triton is not imported before that.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from reformer_kernels._limits import KERNEL_DTYPES
 from reformer_kernels.gpu.tiles import Tile
 
 MODULES = {
@@ -26,40 +27,40 @@ MODULES = {
     "hash": "reformer_kernels.ops.hash.triton",
     "residual": "reformer_kernels.ops.residual.triton",
 }
-"""The operations that have Triton kernels, and the module of each that lists them."""
+"""The operations that have Triton kernels, and the module that lists those of each.
+
+They are named, not imported: operations import this module, and they import Triton, which takes a while.
+"""
 
 OPERATIONS = tuple(MODULES)
 
 OPTIONS = ("off", "all")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (32, 64, 128, 256)
+"""The head dimensions that kernels are checked for."""
 
-TRITON_TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
+TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """How signatures spell a dtype; a pointer to it is "*" and this."""
+
+assert set(TRITON_TYPES) == set(KERNEL_DTYPES)
 
 
 @dataclass(frozen=True)
 class Specialization:
-    """What `triton.compile` needs to know of one kernel.
+    """What `triton.compile` needs to know to compile one kernel for given types and constants.
 
     Attributes:
-        kernel: the `@triton.jit` function.
-        name: what the table of tiles and `inspect` call it, such as "attention_forward".
-        signature: the type of each argument that is no constexpr, such as {"q": "*bf16", "length": "i32"}.
-        constexprs: the value of each constexpr.
-        tile: rows, keys and dims are among the constexprs; warps and stages are the compiler's. None for a
-            kernel that is not in the table and is launched with Triton's own defaults.
-        architecture, dtype, head_dim, options: what it was made for, as `specializations` was asked.
-        divisible: arguments that a launch finds to be multiples of 16 (addresses and strides), which is what
-            lets the compiler load 16 bytes at once.
+        kernel: the `@triton.jit` function. name: what the table of tiles and `inspect` call it, such as
+        "attention_forward". signature: the type of each argument that is not a constexpr, such as {"q":
+        "*bf16", "length": "i32"}. constexprs: the value of each constexpr. tile: the tile whose rows, keys
+        and dims are among the constexprs, and whose warps and stages go to the
+            compiler. None for a kernel that is launched with Triton's own defaults.
+        architecture, dtype, head_dim, options: what `specializations` was asked for. divisible: the arguments
+        that a launch finds to be multiples of 16 (addresses and strides), so that the
+            compiler can load 16 bytes at once.
         multiplies: whether tensor-core instructions are expected.
-        gathers: whether rows of the tensors are loaded, 16 bytes at a time.
+        gathers: whether it loads rows of the tensors, 16 bytes at a time.
+
+    Raises ValueError unless signature and constexprs name each argument of the kernel once.
     """
 
     kernel: Any
@@ -86,10 +87,13 @@ class Specialization:
             )
         unknown = set(self.divisible) - set(self.signature)
         if unknown:
-            raise ValueError(f"{self.name}: divisible names {sorted(unknown)}, which the signature has not")
+            raise ValueError(
+                f"{self.name}: divisible names {sorted(unknown)}, which are not in the signature"
+            )
 
     @property
     def bits(self) -> int:
+        """Bits of one number of the tensors."""
         return self.dtype.itemsize * 8
 
     def __str__(self) -> str:
@@ -106,7 +110,10 @@ def all_specializations(
     operations: tuple[str, ...] = OPERATIONS,
     tiles: Mapping[str, Tile] | None = None,
 ) -> Iterator[Specialization]:
-    """Every kernel of `operations`, as their launchers compile it. Imports Triton."""
+    """Every kernel of `operations` for such tensors. Imports Triton.
+
+    Raises ValueError for options that are not in `OPTIONS`.
+    """
     if options not in OPTIONS:
         raise ValueError(f"options must be one of {', '.join(OPTIONS)}, got {options!r}")
     for operation in operations:
