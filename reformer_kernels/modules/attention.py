@@ -17,7 +17,7 @@ from reformer_kernels import functional
 from reformer_kernels._limits import MAX_HEAD_DIM
 from reformer_kernels.config import LSHConfig, local_config
 from reformer_kernels.layout import Layout
-from reformer_kernels.models.caches import LocalCache, LSHCache
+from reformer_kernels.modules.caches import LocalCache, LSHCache
 from reformer_kernels.modules.positions import RotaryPositions
 from reformer_kernels.reversible.recomputation import is_keeping, remember
 

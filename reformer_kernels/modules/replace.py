@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,25 @@ from reformer_kernels.modules.multihead_attention import (
     checked_options,
     why_not_adopted,
 )
+
+
+@dataclass(frozen=True)
+class ReplacementReport:
+    """Which modules of a model were replaced, and which were kept and why; `print` shows it.
+
+    Attributes:
+        replaced: names of the replaced modules, as `named_modules` gives them ("" is the model itself).
+        kept: names of the modules that stay as they were, each with the reason.
+    """
+
+    replaced: tuple[str, ...]
+    kept: Mapping[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"replaced {len(self.replaced)}, kept {len(self.kept)}"]
+        lines += [f"  {_shown(name)}: replaced" for name in self.replaced]
+        lines += [f"  {_shown(name)}: kept, {reason}" for name, reason in self.kept.items()]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
