@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from reformer_kernels.training.language_model import byte_model
 from typer.testing import CliRunner, Result
 
 from reformer_kernels import ReformerConfig, ReformerLM
@@ -27,6 +26,7 @@ from reformer_kernels.cli import app
 from reformer_kernels.cli.arguments import printable
 from reformer_kernels.cli.train import Interrupt
 from reformer_kernels.models import CheckpointError
+from reformer_kernels.training.byte_model import byte_model
 from reformer_kernels.training.checkpoint import Recipe, read_checkpoint
 from reformer_kernels.training.text import Text, TextError, load_text
 from reformer_kernels.training.trainer import DivergedError, Trainer
@@ -291,6 +291,9 @@ def test_bad_checkpoints(text_file: Path, tmp_path: Path) -> None:
         assert "Traceback" not in result.output
         return plain(result.output)
 
+    def damaged(name: str, output: str) -> bool:
+        return f"{name}isdamaged" in output.replace(" ", "")  # the path may be broken anywhere
+
     assert "is not empty; continue from it with --resume or replace the checkpoint" in refused()
     message = refused("--resume", "--dim", 32)
     assert "was trained with --dim 16, got --dim 32" in message
@@ -304,7 +307,7 @@ def test_bad_checkpoints(text_file: Path, tmp_path: Path) -> None:
     for name in ("model.safetensors", "training.safetensors"):
         whole = (path / name).read_bytes()
         (path / name).write_bytes(whole[: len(whole) // 2])
-        assert f"{name} is damaged" in refused("--resume")
+        assert damaged(name, refused("--resume"))
         (path / name).write_bytes(whole)
     state = json.loads((path / "training.json").read_text())
 
@@ -321,7 +324,7 @@ def test_bad_checkpoints(text_file: Path, tmp_path: Path) -> None:
     (path / "training.json").write_text("{}")
     assert "is not of reformer-kernels train" in refused("--resume")
 
-    tensors = safetensors.torch.load_file(path / "training.safetensors")
+    tensors = safetensors.torch.load((path / "training.safetensors").read_bytes())
     first = next(name for name in tensors if name.endswith("exp_avg"))
     for wrong in (
         {first: torch.zeros(3)},

@@ -222,7 +222,8 @@ def read_tensors(path: Path, *, sha256: str | None = None) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path} is damaged or belongs to another model: its sha256 is not the one saved with it"
             )
-        return dict(safetensors.torch.load_file(path))
+        # Copied out of the mapped file into aligned memory: matrix products round differently elsewhere.
+        return {name: x.clone() for name, x in safetensors.torch.load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
 
