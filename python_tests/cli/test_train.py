@@ -223,6 +223,7 @@ def full_disk(descriptor: int) -> None:
         (["--lr", "nan"], "--lr must be positive, got nan"),
         (["--seed", "-1"], "--seed must be from 0"),
         (["--dim", "30", "--heads", "4"], "--dim must be a multiple of --heads"),
+        (["--chunk", "100000000", "--seq-len", "64"], "chunk_length must be an integer in"),
         (["--sample-length", "-1"], "--sample-length must be at least 0"),
         (["--backend", "fast"], "--backend must be one of"),
         (["--resume"], "--resume needs --checkpoint FOLDER"),
@@ -484,9 +485,9 @@ def test_batches_depend_on_seed_and_step_alone() -> None:
     data = torch.arange(5000).remainder(251).to(torch.uint8)
     text = Text("numbers", data[:4000], data[4000:], "")
     trainer = Trainer(TINY, text)
-    inputs, targets = trainer._batch(3)
+    inputs, targets = trainer.batch_of(3)
     torch.manual_seed(8)
-    again, _ = trainer._batch(3)
+    again, _ = trainer.batch_of(3)
     assert torch.equal(inputs, again)
-    assert not torch.equal(inputs, trainer._batch(4)[0])
+    assert not torch.equal(inputs, trainer.batch_of(4)[0])
     assert torch.equal(inputs[:, 1:], targets[:, :-1])

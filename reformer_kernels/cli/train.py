@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text as RichText
@@ -29,7 +30,6 @@ from reformer_kernels.cli.arguments import (
     printable,
     usage_error,
 )
-from reformer_kernels.models import CheckpointError
 from reformer_kernels.training.checkpoint import Recipe, read_checkpoint
 from reformer_kernels.training.text import TextError, load_text
 from reformer_kernels.training.trainer import DivergedError, Trainer
@@ -127,26 +127,24 @@ def train(
     console = new_console()
     try:
         trainer = _make_trainer(text, given, checkpoint, resume, overwrite, backend)
-    except (TextError, CheckpointError) as error:
+    except (TextError, ValueError) as error:  # ValueError: a checkpoint or a size that is not accepted
         raise usage_error(str(error)) from error
     console.print(
         f"{trainer.parameters / 1e6:.1f} million parameters; {trainer.text.size / 1e6:.1f} MB of text "
         f"({trainer.text.name}), {trainer.text.held_out.numel() / 1e6:.1f} MB of it held out",
         highlight=False,
+        markup=False,
     )
     if trainer.note is not None:
         console.print(trainer.note, highlight=False)
     if resume:
-        console.print(f"Resuming {checkpoint} after step {trainer.step}.", highlight=False)
+        console.print(f"Resuming {checkpoint} after step {trainer.step}.", highlight=False, markup=False)
     interrupt = Interrupt()
     try:
         with interrupt.watch():
             finished = _run(trainer, console, checkpoint, eval_every, sample_length, interrupt)
-    except DivergedError as error:
-        console.print(f"[red]Stopped:[/] {error}.", highlight=False)
-        raise typer.Exit(1) from error
-    except OSError as error:
-        console.print(f"[red]Stopped:[/] {error}.", highlight=False)
+    except (DivergedError, OSError) as error:
+        console.print(f"[red]Stopped:[/] {escape(str(error))}.", highlight=False)
         raise typer.Exit(1) from error
     if not finished:
         raise typer.Exit(INTERRUPTED)
@@ -162,29 +160,29 @@ def _make_trainer(
 ) -> Trainer:
     if resume:
         if checkpoint is None:
-            raise CheckpointError("--resume needs --checkpoint FOLDER, the folder to continue from")
+            raise usage_error("--resume needs --checkpoint FOLDER, the folder to continue from")
         saved = read_checkpoint(checkpoint)
         for name, value in given.items():
             old = getattr(saved.recipe, name)
             if name not in CHANGEABLE and value != old:
                 flag = "--" + name.replace("_", "-")
-                raise CheckpointError(
+                raise usage_error(
                     f"{checkpoint} was trained with {flag} {old}, got {flag} {value}; leave it out"
                 )
         recipe = dataclasses.replace(saved.recipe, **given)
         if saved.step >= recipe.steps:
-            raise CheckpointError(
+            raise usage_error(
                 f"{checkpoint} has finished its {recipe.steps} steps; give a larger --steps to continue"
             )
         return Trainer.resume(checkpoint, load_text(text, recipe.seq_len), recipe=recipe, backend=backend)
     if checkpoint is not None and checkpoint.exists() and any(checkpoint.iterdir()) and not overwrite:
-        raise CheckpointError(
+        raise usage_error(
             f"{checkpoint} exists and is not empty; continue from it with --resume or replace the checkpoint "
             "in it with --overwrite"
         )
     recipe = Recipe(**given)
     if recipe.dim % recipe.heads or recipe.dim // recipe.heads > MAX_HEAD_DIM:
-        raise CheckpointError(
+        raise usage_error(
             f"--dim must be a multiple of --heads, at most {MAX_HEAD_DIM} times it, got --dim {recipe.dim} "
             f"and --heads {recipe.heads}"
         )
@@ -242,7 +240,7 @@ def _run(
                     try:
                         _save(trainer, checkpoint)
                     except OSError as error:  # the next evaluation may find room again
-                        progress.console.print(f"[red]Not saved:[/] {error}.", highlight=False)
+                        progress.console.print(f"[red]Not saved:[/] {escape(str(error))}.", highlight=False)
     if interrupt():
         return _leave(trainer, console, checkpoint)
     if checkpoint is not None:
@@ -260,7 +258,7 @@ def _run(
         sample = RichText(printable(prompt), style="dim").append(printable(written), style="not dim bold")
         console.print(Panel(sample, title="held-out text, then the model's own", title_align="left"))
     if checkpoint is not None:
-        console.print(f"Saved {checkpoint}", highlight=False)
+        console.print(f"Saved {checkpoint}", highlight=False, markup=False)
     return True
 
 
@@ -276,6 +274,7 @@ def _leave(trainer: Trainer, console: Console, checkpoint: Path | None) -> bool:
         f"Stopped after step {trainer.step} of {trainer.recipe.steps}; saved {folder}. "
         f"Continue with: reformer-kernels train --checkpoint {folder} --resume (and the same text)",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     return False

@@ -91,7 +91,7 @@ class Trainer:
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+    def batch_of(self, step: int) -> tuple[Tensor, Tensor]:
         """Random windows of the text: inputs and next bytes, both (batch, seq_len) int64."""
         length = self.recipe.seq_len
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
@@ -114,7 +114,7 @@ class Trainer:
             DivergedError: the loss is not finite; the weights stay as they were before the step.
         """
         self.model.train()
-        inputs, targets = self._batch(self.step)
+        inputs, targets = self.batch_of(self.step)
         loss = self.model(inputs, labels=targets, shift_labels=False)
         if not math.isfinite(value := loss.item()):
             raise DivergedError(
