@@ -58,7 +58,8 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> ReplacementReport:
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(map(repr, get_args(Backend)))}, got {backend!r}")
     layers = _accelerated_layers()
-    replaced, kept = [], {}
+    replaced: list[str] = []
+    kept: dict[str, str] = {}
     for name, module in _modules(model):
         original = layers.ORIGINAL.get(type(module), type(module))
         if original in layers.ACCELERATED:
@@ -75,7 +76,7 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> ReplacementReport:
             f"model must hold transformers' Reformer attention layers, got a {kind_of(model)} without one; "
             "give a ReformerModel or one of its heads"
         )
-    return ReplacementReport(tuple(replaced), kept)
+    return ReplacementReport(tuple(replaced), kept, "Reformer attention layers")
 
 
 def restore(model: nn.Module) -> tuple[str, ...]:
