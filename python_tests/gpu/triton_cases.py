@@ -126,7 +126,7 @@ def hash_ties_and_non_finite_rows() -> None:
 def triton_attention(case: Case, q: Tensor, v: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor]:
     layout, seed = case.layout(), torch.tensor(case.seed) if case.dropout_p > 0 else None
     return torch.ops.reformer_kernels.triton_attention(
-        q, k, v, layout.order, layout.bucket_starts, case.key_bias(), seed, case.rule.pack(), case.scale,
+        q, k, v, layout.order, layout.bucket_starts, case.key_bias(), seed, case.rule, case.scale,
         case.dropout_p, *case.key_places(),
     )  # fmt: skip
 
@@ -238,7 +238,7 @@ def attention_of_hostile_values() -> None:
     order = layout.order.clone()
     order[..., ::3], order[..., 1::3] = 2**31 - 1, -5
     q, v = case.inputs(torch.float32)
-    arguments = (q, None, v, order, layout.bucket_starts, None, None, case.rule.pack(), 1.0, 0.0)
+    arguments = (q, None, v, order, layout.bucket_starts, None, None, case.rule, 1.0, 0.0)
     torch.ops.reformer_kernels.triton_attention(*arguments)
 
 
@@ -253,7 +253,7 @@ def attention_of_random_problems() -> None:
         rule = case.rule
         if rule.ring:  # counts duplicates over all pairs of rounds and turns
             cut["R"] = min(case.R, 2)
-            rule = dataclasses.replace(rule, chunk_length=max(8, rule.chunk_length))
+            rule = rule._replace(chunk_length=max(8, rule.chunk_length))
         return shrunk(dataclasses.replace(case, rule=rule, **cut))
 
     examples = settings(
@@ -312,7 +312,7 @@ def operators_keep_their_contract() -> None:
     case = Case(rule_of(), L=18, D=4, Dv=5)
     q, v = (x.requires_grad_() for x in case.inputs(torch.float32))
     layout = case.layout()
-    arguments = (q, None, v, layout.order, layout.bucket_starts, None, None, case.rule.pack(), 1.0, 0.0)
+    arguments = (q, None, v, layout.order, layout.bucket_starts, None, None, case.rule, 1.0, 0.0)
     torch.library.opcheck(torch.ops.reformer_kernels.triton_attention.default, arguments)
     x, rotations = torch.randn(1, 1, 18, 4), torch.randn(1, 4, 1, 128)
     torch.library.opcheck(torch.ops.reformer_kernels.triton_lsh_hash.default, (x, rotations, [], 16, None))

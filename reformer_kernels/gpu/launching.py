@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reformer_kernels.gpu.tiles import interpreted
+from reformer_kernels._backend import interpreted
 
 INTERPRETED = tl.constexpr(interpreted())
 

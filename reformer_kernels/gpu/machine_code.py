@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from reformer_kernels._backend import interpreted
 from reformer_kernels.gpu import tiles
 from reformer_kernels.gpu.specialization import OPERATIONS, Specialization, all_specializations
 
@@ -140,7 +141,7 @@ class Inspected:
 
 def unavailable() -> str | None:
     """Why no kernel can be compiled here, and what to do; None where it can."""
-    if tiles.interpreted():
+    if interpreted():
         return "TRITON_INTERPRET is set, which replaces Triton's compiler; unset it"
     try:
         import triton.backends.compiler

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from reformer_kernels._backend import interpreted
+
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 """What the kernels are compiled for and checked on."""
 
@@ -151,11 +153,6 @@ def _architecture_of_capability(major: int, minor: int) -> str:
         f"the Triton kernels need compute capability 8.0 or higher, this device has {major}.{minor}; "
         "use backend='reference'"
     )
-
-
-def interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter: chosen by TRITON_INTERPRET when triton is imported."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "on", "true")
 
 
 # The file

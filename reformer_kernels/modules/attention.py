@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from reformer_kernels import functional
 from reformer_kernels._limits import MAX_HEAD_DIM
-from reformer_kernels.config import LSHConfig, local_config
+from reformer_kernels.config import LSHConfig
 from reformer_kernels.layout import Layout
 from reformer_kernels.modules.caches import LocalCache, LSHCache
 from reformer_kernels.modules.positions import RotaryPositions
 from reformer_kernels.reversible.recomputation import is_keeping, remember
+from reformer_kernels.rule import local_attention_config
 
 SEED_BOUND = 2**63 - 1
 
@@ -369,7 +370,7 @@ class LocalSelfAttention(_Attention):
     def make_cache(self, max_length: int) -> LocalCache:
         """An empty cache for `decode`, of rows of up to `max_length` tokens."""
         chunk = self._chunk(max_length)
-        config = local_config(
+        config = local_attention_config(
             chunk, self.chunks_before, self.chunks_after, causal=self.causal, ring=self.ring
         )
         return LocalCache(dataclasses.replace(config, scale=self.scale), max_length)

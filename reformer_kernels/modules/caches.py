@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from reformer_kernels import functional
-from reformer_kernels._dispatch import layout_by_position
-from reformer_kernels.config import AttentionRule, LSHConfig, resolve_rule, resolve_scale
+from reformer_kernels._backend import resolve_sort_backend
+from reformer_kernels.config import LSHConfig
+from reformer_kernels.functional.hashing import layout_by_position
 from reformer_kernels.layout import Layout
-from reformer_kernels.ops.attention.reference import key_range, normalise_keys, widest_range
+from reformer_kernels.ops.sort.op import bucket_sort
+from reformer_kernels.rule import AttentionRule, key_range, normalise_keys, self_attention_rule, widest_range
 
 MERGE_EVERY = 128
 
@@ -42,8 +44,9 @@ class _Cache:
         self.config = config
         self.max_length = max_length
         self.room = min(room, max_length)
+        self.shared_qk = shared_qk
         # The rule of sequences longer than a chunk: `_window` treats shorter rows on their own.
-        self.rule = resolve_rule(config, max(max_length, config.chunk_length + 1), shared_qk=shared_qk)
+        self.rule = self_attention_rule(config, max(max_length, config.chunk_length + 1), shared_qk=shared_qk)
         self.started = False
         self.keys = self.values = self.lengths = torch.empty(0)
 
@@ -78,7 +81,7 @@ class _Cache:
         index = (head * self.room + (j % self.room).masked_fill(~visible, 0)).flatten()
         keys = self.keys.view(-1, D).index_select(0, index).view(B, H, -1, D).to(precision)
         values = self.values.flatten(0, 2).index_select(0, index).unflatten(0, (B, H, -1)).to(precision)
-        scale = resolve_scale(self.config.scale, D)
+        scale = self.config.logit_scale(D, shared_qk=self.shared_qk)
         logits = scale * (keys @ q.transpose(2, 3).to(precision)).squeeze(-1)  # [B, H, W]
         if self.rule.correct_duplicates:
             logits = logits - _multiplicity(j.masked_fill(~visible, -1)).to(precision).log()
@@ -108,7 +111,7 @@ class LocalCache(_Cache):
     """The cache of local attention; full attention is local attention in one chunk for the whole sequence.
 
     Args:
-        config: chunks by position; see `reformer_kernels.config.local_config`.
+        config: chunks by position; see `reformer_kernels.rule.local_attention_config`.
         max_length: the largest length of a row, prompt and new tokens together.
     """
 
@@ -191,11 +194,8 @@ class LSHCache(_Cache):
         longest = int(self.lengths.max())
         absent = torch.arange(longest, device=self.lengths.device) >= self.lengths[:, None]  # [B, longest]
         buckets = self.buckets[..., :longest].masked_fill(absent[:, None, None], n)
-        self.order = functional.bucket_sort(buckets, n + 1)
-        in_order = buckets.gather(-1, self.order.long())
-        limits = torch.arange(n + 2, dtype=buckets.dtype, device=buckets.device)
-        limits = limits.expand(*buckets.shape[:3], -1).contiguous()
-        self.starts = torch.searchsorted(in_order, limits, out_int32=True)
+        backend = resolve_sort_backend("reference" if self.backend == "reference" else "auto", buckets.device)
+        self.order, self.starts = bucket_sort(buckets, n + 1, n + 2, backend)
         self.recent = self.lengths.new_zeros(*buckets.shape[:3], 0)
         self.recent_buckets = self.buckets.new_zeros(*buckets.shape[:3], 0)
 

@@ -15,7 +15,6 @@ import triton
 from torch import Tensor
 
 from reformer_kernels._random import threshold
-from reformer_kernels.config import AttentionRule
 from reformer_kernels.gpu.launching import alignment, check_programs, check_rows, on_device, row_strides
 from reformer_kernels.gpu.tiles import Tile, architecture_of, padded_head_dim, tile
 from reformer_kernels.ops.attention.triton import plan as triton_plan
@@ -31,6 +30,7 @@ from reformer_kernels.ops.attention.triton.tables import (
     attention_rows_kernel,
     attention_tables_kernel,
 )
+from reformer_kernels.rule import AttentionRule
 
 TABLE_BLOCK = 256
 ROW_ELEMENTS = 4096

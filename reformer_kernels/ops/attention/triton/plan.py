@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reformer_kernels.config import AttentionRule
 from reformer_kernels.gpu.tiles import Tile, padded_head_dim
+from reformer_kernels.rule import AttentionRule
 
 NO_BUCKETS, INSIDE_BUCKET, COMPARE_BUCKETS = range(3)
 """See triton_common."""
