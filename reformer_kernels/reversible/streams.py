@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from reformer_kernels.ops.residual import op as op  # registers the operators
 from reformer_kernels.ops.residual import reference
 from reformer_kernels.reversible import fused_norm as _fused_norm
 from reformer_kernels.reversible.fused_norm import Normed
