@@ -477,7 +477,7 @@ def test_generate_says_what_is_wrong(text_file: Path, tmp_path: Path) -> None:
     ]:
         result = generated(*arguments)
         assert result.exit_code == 2, result.output
-        assert message in plain(result.output)
+        assert message.replace(" ", "") in plain(result.output).replace(" ", "")  # lines break anywhere
         assert "Traceback" not in result.output
 
 
