@@ -263,7 +263,7 @@ def test_the_report_and_wrong_use(monkeypatch: pytest.MonkeyPatch) -> None:
     whole[3].forward = whole[3].forward
     done = hf.accelerate(whole)
     assert done.replaced == ("0",) and list(done.kept) == ["1", "2", "3"]
-    assert str(done).splitlines()[0] == "replaced 1 Reformer attention layers"
+    assert str(done).splitlines()[0] == "replaced 1, kept 3"
     assert (
         "replaced on the object" in done.kept["3"]
         and "Own" in done.kept["1"]

@@ -76,7 +76,7 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> ReplacementReport:
             f"model must hold transformers' Reformer attention layers, got a {kind_of(model)} without one; "
             "give a ReformerModel or one of its heads"
         )
-    return ReplacementReport(tuple(replaced), kept, "Reformer attention layers")
+    return ReplacementReport(tuple(replaced), kept)
 
 
 def restore(model: nn.Module) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,31 +19,25 @@ from reformer_kernels.modules.multihead_attention import (
 
 @dataclass(frozen=True)
 class ReplacementReport:
-    """Which modules of a model were replaced and which were kept; `print` shows it.
+    """Which modules of a model were replaced, and which were kept and why; `print` shows it.
 
     It is true if anything was replaced.
 
     Attributes:
         replaced: the names of the replaced modules, as `named_modules` gives them ("" is the model itself).
-        kept: the names of the modules that stay as they are, each with the reason.
-        kind: what the modules are, for the text.
+        kept: the names of the modules that stay as they were, each with the reason.
     """
 
     replaced: tuple[str, ...]
-    kept: dict[str, str]
-    kind: str = "nn.MultiheadAttention"
+    kept: Mapping[str, str]
 
     def __bool__(self) -> bool:
         return bool(self.replaced)
 
     def __str__(self) -> str:
-        if not self.replaced and not self.kept:
-            return f"found no {self.kind}"
-        lines = [f"replaced {len(self.replaced)} {self.kind}"]
-        lines += [f"  {_shown(name)}" for name in self.replaced]
-        if self.kept:
-            lines.append(f"kept {len(self.kept)} as they are")
-            lines += [f"  {_shown(name)}: {reason}" for name, reason in self.kept.items()]
+        lines = [f"replaced {len(self.replaced)}, kept {len(self.kept)}"]
+        lines += [f"  {_shown(name)}: replaced" for name in self.replaced]
+        lines += [f"  {_shown(name)}: kept, {reason}" for name, reason in self.kept.items()]
         return "\n".join(lines)
 
 
