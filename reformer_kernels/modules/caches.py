@@ -1,12 +1,13 @@
-"""Caches for generation: what a new token of each row attends to, in time that does not grow with the prefix.
+"""Caches of attention layers for generation: a new token attends in time that does not grow with the prefix.
 
-A cache belongs to one attention layer. It takes the whole prompt first, then one token a row at a time. The
-pair rules are those of attention over the prefix that ends in the new token. Rows never meet: each has its
-own length, buckets and keys.
+A cache belongs to one attention layer. It takes a whole prompt first, then one token of each row at a time.
+A new token sees the keys that it would see in attention over the prefix that it ends. Rows are independent:
+each has its own length, buckets and keys.
 
-An LSH cache keeps each round's order in two parts: the sorted order as of the last merge, and up to
-`MERGE_EVERY` tokens appended since, sorted too. A rank in the order of both together is found by binary
-search among the latter. So a token costs O(window), and every `MERGE_EVERY`-th one a counting sort more.
+An LSH cache keeps the order of each hash round in two parts: the sorted order as of the last merge, and up to
+`MERGE_EVERY` tokens appended since, which are sorted too. Binary search among the recent tokens finds a rank
+in the order of both parts together. So a token costs O(window), and every `MERGE_EVERY` tokens there is one
+counting sort.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ T = TypeVar("T", bound="_Cache")
 
 
 class _Cache:
-    """Keys and values (B, H, room, D) of each row's latest `room` tokens: token p in place p % room.
+    """Keys and values (B, H, room, D) of the latest `room` tokens of each row; slot p % room holds token p.
 
-    Attributes whose names are in `PER_ROW` have a row for each sequence, first.
+    The attributes named in `PER_ROW` are tensors whose first dimension is the batch.
     """
 
     PER_ROW: tuple[str, ...] = ("keys", "values", "lengths")
@@ -44,13 +45,13 @@ class _Cache:
         self.max_length = max_length
         self.room = min(room, max_length)
         self.shared_qk = shared_qk
-        # Not the rule of a sequence within one chunk: those are told apart row by row.
+        # The rule of sequences longer than a chunk: `_window` treats shorter rows on their own.
         self.rule = self_attention_rule(config, max(max_length, config.chunk_length + 1), shared_qk=shared_qk)
         self.started = False
         self.keys = self.values = self.lengths = torch.empty(0)
 
     def start(self, k: Tensor, v: Tensor) -> None:
-        """Take the prompt's keys and values, (B, H, L, D)."""
+        """Take the keys and values of the prompt, (B, H, L, D)."""
         B, H, L, _ = k.shape
         self.started = True
         self.keys = k.new_zeros(B, H, self.room, k.shape[3])
@@ -61,18 +62,18 @@ class _Cache:
         self.values[:, :, kept % self.room] = v[:, :, kept]
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Take one token more a row, k and v (B, H, 1, D)."""
+        """Take one more token of each row, k and v (B, H, 1, D)."""
         row = torch.arange(k.shape[0], device=k.device)
-        place = self.lengths % self.room
-        self.keys[row, :, place] = k[:, :, 0].to(self.keys.dtype)
-        self.values[row, :, place] = v[:, :, 0].to(self.values.dtype)
+        slot = self.lengths % self.room
+        self.keys[row, :, slot] = k[:, :, 0].to(self.keys.dtype)
+        self.values[row, :, slot] = v[:, :, 0].to(self.values.dtype)
         self.lengths = self.lengths + 1
 
     def attend(self, q: Tensor, j: Tensor, visible: Tensor, alone: Tensor | None) -> Tensor:
-        """softmax(scale * q . k_j - log N_j) v_j over the visible j, (B, H, 1, Dv).
+        """Compute softmax(scale * q . k_j - log N_j) v_j over the visible positions j, (B, H, 1, Dv).
 
-        q (B, H, 1, D); j, visible (B, H, W). N_j is how often j is visible where duplicates are corrected.
-        A row that sees nothing: `alone`, or 0.
+        q is (B, H, 1, D); j and visible are (B, H, W). N_j counts how often j is visible, where duplicates
+        are corrected. A row that sees no key gets `alone` (B, H, 1, Dv), or zeros.
         """
         B, H, _, D = q.shape
         precision = _precision(q)
@@ -93,13 +94,13 @@ class _Cache:
         return out.to(q.dtype)
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows, in this order; a row may come several times."""
+        """Continue with these rows, in this order; a row may be given several times."""
         for name in self.PER_ROW:
             setattr(self, name, getattr(self, name).index_select(0, rows))
 
     @classmethod
     def joined(cls: type[T], caches: Sequence[T]) -> T:
-        """The caches' rows one after another, of prompts that have just been taken."""
+        """One cache with the rows of all of them, which have taken their prompts and nothing more."""
         first = caches[0]
         for name in cls.PER_ROW:
             setattr(first, name, torch.cat([getattr(cache, name) for cache in caches]))
@@ -107,19 +108,21 @@ class _Cache:
 
 
 class LocalCache(_Cache):
-    """Of a layer that attends within chunks by position; full attention is one chunk as long as the sequence.
+    """The cache of local attention; full attention is local attention in one chunk for the whole sequence.
 
-    config: see `reformer_kernels.rule.local_attention_config`.
+    Args:
+        config: chunks by position; see `reformer_kernels.rule.local_attention_config`.
+        max_length: the largest length of a row, prompt and new tokens together.
     """
 
     def __init__(self, config: LSHConfig, max_length: int) -> None:
-        # On a ring, chunks after the last are the first.
-        everything = config.ring == "rounds" and config.chunks_after > 0
+        # On a ring the first chunks come after the last one, so nothing may be dropped.
+        keep_all = config.ring == "rounds" and config.chunks_after > 0
         span = (1 + config.chunks_before) * config.chunk_length
-        super().__init__(config, max_length, max_length if everything else span, shared_qk=False)
+        super().__init__(config, max_length, max_length if keep_all else span, shared_qk=False)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Append one token a row and attend, (B, H, 1, D) -> (B, H, 1, Dv)."""
+        """Append one token to each row and attend, (B, H, 1, D) -> (B, H, 1, Dv)."""
         rank = self.lengths[:, None, None]  # [B, 1, 1]: one round, in order of position
         self.append(k, v)
         j, visible, _ = _window(self.rule, rank, self.lengths)
@@ -129,12 +132,13 @@ class LocalCache(_Cache):
 
 
 class LSHCache(_Cache):
-    """Of a layer with LSH attention: each token is hashed once.
+    """The cache of LSH attention, which hashes each token once.
 
     Args:
-        config: causal, with its bucket factors given.
-        rotations: of the layer, for all of the generation.
-        max_length: of prompt and new tokens together.
+        config: causal, with bucket factors.
+        rotations: the layer's rotations, the same for the whole generation; see `functional.lsh_hash`.
+        max_length: the largest length of a row, prompt and new tokens together.
+        backend: the back end that hashes, sorts and attends over the prompt.
     """
 
     PER_ROW = (*_Cache.PER_ROW, "buckets", "order", "starts", "recent", "recent_buckets")
@@ -149,7 +153,7 @@ class LSHCache(_Cache):
         self.recent = self.recent_buckets = torch.empty(0)
 
     def prompt(self, hashed: Tensor, qk: Tensor, v: Tensor) -> Tensor:
-        """Take the prompt and attend over it, as `functional.lsh_attention`; all (B, H, L, D or Dv)."""
+        """Take the prompt and attend over it as `functional.lsh_attention` does; all (B, H, L, D or Dv)."""
         L = qk.shape[2]
         ids = self._hash(hashed)
         self.buckets = ids.new_zeros(*ids.shape[:3], self.max_length)
@@ -161,15 +165,15 @@ class LSHCache(_Cache):
         return functional.attend(qk, v, layout, self.config, backend=self.backend)
 
     def step(self, hashed: Tensor, qk: Tensor, v: Tensor) -> Tensor:
-        """Append one token a row and attend, (B, H, 1, D) -> (B, H, 1, Dv)."""
+        """Append one token to each row and attend, (B, H, 1, D) -> (B, H, 1, Dv)."""
         if self.recent.shape[-1] == MERGE_EVERY:
             self._merge()
         ids = self._hash(hashed)  # [B, H, R, 1]
         row = torch.arange(ids.shape[0], device=ids.device)
         self.buckets[row, :, :, self.lengths] = ids[..., 0]
         position = self.lengths[:, None, None, None].expand_as(ids)
-        self.recent_buckets, places = torch.cat([self.recent_buckets, ids], -1).sort(dim=-1, stable=True)
-        self.recent = torch.cat([self.recent, position], -1).gather(-1, places)
+        self.recent_buckets, sources = torch.cat([self.recent_buckets, ids], -1).sort(dim=-1, stable=True)
+        self.recent = torch.cat([self.recent, position], -1).gather(-1, sources)
         self.append(normalise_keys(qk.to(self.keys.dtype), self.rule.key_norm), v)
         j, visible = self._window_keys(ids)
         return self.attend(qk, j, visible & (j != self.lengths[:, None, None] - 1), v)
@@ -185,7 +189,7 @@ class LSHCache(_Cache):
         return functional.lsh_hash(hashed, self.rotations, self.factors, backend=self.backend)
 
     def _merge(self) -> None:
-        """Sort all tokens of each row anew: `order` (B, H, R, longest row), `starts` of the buckets."""
+        """Sort all tokens of each row anew: their `order` (B, H, R, longest row), the buckets' `starts`."""
         n = math.prod(self.factors)
         longest = int(self.lengths.max())
         absent = torch.arange(longest, device=self.lengths.device) >= self.lengths[:, None]  # [B, longest]
@@ -196,39 +200,39 @@ class LSHCache(_Cache):
         self.recent_buckets = self.buckets.new_zeros(*buckets.shape[:3], 0)
 
     def _window_keys(self, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys in the windows of the newest tokens, whose buckets are `own` (B, H, R, 1); (B, H, R * W).
+        """Positions of the keys in the newest tokens' windows, and which of them are visible, (B, H, R * W).
 
-        Also which of them are seen.
+        `own` (B, H, R, 1) are the newest tokens' buckets.
         """
         R, m = self.recent.shape[2:]
         length = self.lengths[:, None, None, None]
-        # A recent token's rank: after all merged ones up to its bucket and the recent ones sorted before it.
+        # A recent token ranks after the merged ones of its bucket and of earlier ones, and after the recent
+        # ones sorted before it.
         merged_before = self.starts.gather(-1, self.recent_buckets.long() + 1)
         recent_rank = merged_before + torch.arange(m, device=own.device)  # [B, H, R, m], rising
-        rank = (recent_rank * (self.recent == length - 1)).sum(-1)  # [B, H, R], of the newest
-        place, visible, short = _window(self.rule, rank, self.lengths)  # [B, H, R * W]
+        rank = (recent_rank * (self.recent == length - 1)).sum(-1)  # [B, H, R], of the newest tokens
+        slot, visible, short = _window(self.rule, rank, self.lengths)  # [B, H, R * W]
 
-        # Places on the ring to positions: either a recent token is there, or a merged one whose rank is the
-        # place less the recent ones before it.
+        # A slot of the ring holds a recent token, or the merged one whose rank is the slot less the number of
+        # recent ones before it.
         length = length[..., 0]  # [B, 1, 1]
-        round_ = place // length
+        round_ = slot // length
         rounds = torch.arange(R, device=own.device)[:, None]
-        recent_place = (recent_rank + rounds * length[..., None]).flatten(2)
-        before = torch.searchsorted(recent_place, place)
-        found = before.clamp_max(R * m - 1)
-        is_recent = recent_place.gather(-1, found) == place
-        merged_rank = place - before - round_ * (length - m)
+        recent_slot = (recent_rank + rounds * length[..., None]).flatten(2)
+        before = torch.searchsorted(recent_slot, slot)
+        nearest = before.clamp_max(R * m - 1)
+        is_recent = recent_slot.gather(-1, nearest) == slot
+        merged_rank = slot - before - round_ * (length - m)
         merged = (round_ * self.order.shape[-1] + merged_rank).masked_fill(is_recent, 0)
         recent, order = self.recent.flatten(2), self.order.flatten(2)
-        j = torch.where(is_recent, recent.gather(-1, found), order.gather(-1, merged))
-        j = torch.where(short, place, j)
+        j = torch.where(is_recent, recent.gather(-1, nearest), order.gather(-1, merged))
+        j = torch.where(short, slot, j)
         if self.rule.bucket_mask:
+            width = slot.shape[-1] // R
             bucket = self.buckets.flatten(2).gather(-1, round_ * self.max_length + j)
-            own_round = rounds.expand(R, place.shape[-1] // R).flatten()
-            same = (bucket == own.expand(*own.shape[:3], place.shape[-1] // R).flatten(2)) & (
-                round_ == own_round
-            )
-            visible = visible & (same | short)
+            same_bucket = bucket == own.expand(*own.shape[:3], width).flatten(2)
+            same_round = round_ == rounds.expand(R, width).flatten()
+            visible = visible & (same_bucket & same_round | short)
         return j, visible
 
 
@@ -236,30 +240,31 @@ LayerCache = LocalCache | LSHCache
 
 
 def _window(rule: AttentionRule, rank: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ring places (B, ., R * W) that queries of `rank` (B, ., R) may see in rows of `lengths` (B,).
+    """Slots of the ring of R * length keys in the windows of queries, and which of them count.
 
-    Also whether each is in range, and which rows (B, 1, 1) still fit one chunk: their tokens are not sorted,
-    they see all places 0..length-1 of the first round and nothing else.
+    The queries have `rank` (B, ., R) in rows of `lengths` (B,). Slots and visibility are (B, ., R * W). The
+    third result (B, 1, 1) says which rows still fit one chunk: their tokens are not sorted but see positions
+    0..length-1, all in the first round.
     """
     R = rank.shape[-1]
     length = lengths[:, None, None]  # [B, 1, 1]
     round_ = torch.arange(R, device=rank.device)
     low, high = key_range(rule, round_, rank, rank + 1, length)
     steps = torch.arange(widest_range(rule, int(lengths.max())), device=rank.device)
-    place = low[..., None] + steps  # [B, ., R, W]
-    visible = (place < high[..., None]).flatten(2)
-    place = (place % (R * length[..., None])).flatten(2)
+    slot = low[..., None] + steps  # [B, ., R, W]
+    visible = (slot < high[..., None]).flatten(2)
+    slot = (slot % (R * length[..., None])).flatten(2)
     short = torch.zeros_like(length, dtype=torch.bool) if rule.rank_window else length <= rule.chunk_length
     if short.any():
-        number = torch.arange(R * steps.numel(), device=rank.device)
-        inside = (number < length) & (number < steps.numel())
-        place = torch.where(short, number * inside, place)
+        position = torch.arange(R * steps.numel(), device=rank.device)
+        inside = (position < length) & (position < steps.numel())
+        slot = torch.where(short, position * inside, slot)
         visible = torch.where(short, inside, visible)
-    return place, visible, short
+    return slot, visible, short
 
 
 def _multiplicity(j: Tensor) -> Tensor:
-    """How often each number of a row of `j` (..., W) is in that row."""
+    """For each entry of `j` (..., W), how often it occurs in its row."""
     ordered = j.sort(dim=-1).values
     return torch.searchsorted(ordered, j, right=True) - torch.searchsorted(ordered, j)
 

@@ -12,8 +12,8 @@ from reformer_kernels.models.config import LayerKind
 
 VOCABULARY = 256
 CONTEXT = 4
-"""A byte's embedding holds the 3 bytes before it too: LSH attention finds what is alike, wherever it is; what
-stands just before comes from here."""
+"""A byte's embedding includes the 3 bytes before it: LSH attention finds similar bytes wherever they are, and
+this adds the ones just before."""
 
 
 def byte_model(
@@ -26,20 +26,20 @@ def byte_model(
     seq_len: int,
     backend: str = "auto",
 ) -> ReformerLM:
-    """A reversible `ReformerLM` of bytes, local and LSH layers in turns.
+    """A reversible `ReformerLM` of bytes, in which local and LSH layers alternate.
 
-    Its first guess is that all bytes are alike: 8 bits per byte.
+    It begins by giving every byte the same probability, which is a loss of 8 bits per byte.
 
-    Windows within the buckets of `seq_len` bytes do not move when text is appended: training, evaluation and
-    sampling then see the same keys. The loss and the feed-forward layers are chunked, so that memory grows
-    neither with depth nor with d_ff.
+    Its LSH windows lie within the buckets of `seq_len` bytes, which do not move when text is appended, so
+    training, evaluation and sampling see the same keys. The loss and the feed-forward layers are chunked, so
+    memory grows neither with depth nor with d_ff.
     """
-    # Local layers for what is near, LSH layers for what is alike; the last is an LSH layer.
+    # Local layers see what is near, LSH layers what is similar; the last layer is an LSH layer.
     kinds: tuple[LayerKind, LayerKind] = ("lsh", "local")
     config = ReformerConfig(
         vocab_size=VOCABULARY,
         d_model=dim,
-        layers=tuple(kinds[(layers - 1 - number) % 2] for number in range(layers)),
+        layers=tuple(kinds[(layers - 1 - layer) % 2] for layer in range(layers)),
         num_heads=heads,
         causal=True,
         lsh=LSHConfig.paper(n_hashes=n_hashes, chunk_length=chunk_length, window="bucket"),
@@ -54,7 +54,7 @@ def byte_model(
     nn.init.normal_(model.reformer.embedding.tokens.weight, std=0.02)
     nn.init.zeros_(model.head.weight)
     blocks: Any = model.reformer.layers.blocks
-    for block in blocks:  # a layer begins as the identity
+    for block in blocks:  # each layer begins as the identity
         nn.init.zeros_(block.f.attention.output.weight)
         nn.init.zeros_(block.g.feed_forward.outer.weight)
     return model

@@ -1,8 +1,8 @@
-"""The layers that `accelerate` puts in place of transformers' own. Imports transformers.
+"""The attention layers by which `accelerate` replaces transformers' own. Imports transformers.
 
-Each is a subclass that overrides `forward` alone. A layer is changed by giving it another class, so that its
-parameters, buffers, hooks and attributes stay the same objects, it pickles and copies as before, and going
-back leaves nothing behind.
+Each is a subclass that overrides only `forward`. A layer is changed by giving it another class: its
+parameters, buffers, hooks and attributes stay the same objects, it pickles and copies as before, and undoing
+it leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from reformer_kernels.config import LSHConfig, check_factors
 from reformer_kernels.layout import Layout
 
 BACKEND = "reformer_kernels_backend"
-"""The one attribute that an accelerated layer has and the original has not."""
+"""The only attribute that an accelerated layer has and the original does not."""
 
 MASKED = -1e9
-"""What a masked key's logit becomes."""
+"""The bias of a masked key's logit."""
 
 SEES_ITSELF = -5e4
-"""Log-sum-exps below this are of queries that see no key but themselves, at -1e5, and masked ones."""
+"""A log-sum-exp below this means that the query sees only itself (whose logit is -1e5) and masked keys."""
 
 SEES_NOTHING = MASKED / 2
-"""Log-sum-exps below this are of queries that see masked keys alone."""
+"""A log-sum-exp below this means that the query sees only masked keys."""
 
 
 class AcceleratedLSHSelfAttention(peer.LSHSelfAttention):
@@ -39,9 +39,9 @@ class AcceleratedLSHSelfAttention(peer.LSHSelfAttention):
     def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
         mask, buckets, rounds = (options.get(key) for key in ("attention_mask", "buckets", "num_hashes"))
         if buckets is not None and not buckets.numel():
-            buckets = None  # the cache's own way to say so
+            buckets = None  # the cache stores an empty tensor for a layer without buckets
         if buckets is not None:
-            rounds = buckets.shape[2]  # those of the forward pass, which may not be the layer's
+            rounds = buckets.shape[2]  # those of the forward pass, which may differ from the layer's
         elif rounds is None:
             rounds = self.num_hashes
         if args or _needs_original(self, hidden_states, options, rounds):
@@ -54,10 +54,8 @@ class AcceleratedLSHSelfAttention(peer.LSHSelfAttention):
         )
         B, H, length, _ = qk.shape
         if length <= self.chunk_length:
-            rounds, order = (
-                1,
-                torch.arange(length, device=qk.device, dtype=torch.int32).expand(B, H, 1, length),
-            )
+            rounds = 1
+            order = torch.arange(length, device=qk.device, dtype=torch.int32).expand(B, H, 1, length)
         else:
             if self.num_buckets is None:
                 self._set_num_buckets(length)
@@ -82,7 +80,7 @@ class AcceleratedLSHSelfAttention(peer.LSHSelfAttention):
             return_lse=True,
         )
         if mask is not None or dropout_p > 0:
-            # A query that sees no other key has its own value, which each round may drop.
+            # A query that sees no other key gets its own value, which each round may drop.
             own = v * dropout(v.new_ones(B, H, rounds, length, 1), dropout_p).mean(2) if dropout_p > 0 else v
             out = torch.where(lse[..., None] < SEES_ITSELF, own, out)
         return peer.LSHSelfAttentionOutput(_merge_heads(out), (), buckets)
@@ -90,14 +88,14 @@ class AcceleratedLSHSelfAttention(peer.LSHSelfAttention):
     def _hash_and_sort(
         self, qk: Tensor, buckets: Tensor | None, rounds: int, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The original's bucket ids (B, H, R, L), each round's apart from the others', and their order.
+        """The original's bucket ids (B, H, R, L), distinct between rounds, and the order of each round.
 
-        Given buckets are those of the forward pass, in the recomputation by the backward pass.
+        `buckets` are given when the backward pass recomputes; they are those of the forward pass.
         """
         factors = check_factors(self.num_buckets)
         if buckets is None:
             rotations = self._draw_rotations(qk, rounds, factors)
-            # The original's own test of whether padding has a bucket, for which every round then has room.
+            # As in the original, padding has a bucket of its own in every round if there is any padding.
             padded = mask is not None and mask.sum().item() < mask.numel()
             padding = ~mask.to(torch.bool) if padded and mask is not None else None
             ids = functional.lsh_hash(qk, rotations, factors, padding, getattr(self, BACKEND))
@@ -105,14 +103,14 @@ class AcceleratedLSHSelfAttention(peer.LSHSelfAttention):
             buckets = ids + n_buckets * torch.arange(rounds, device=qk.device)[:, None]
         else:
             if self.training:
-                # So that the random numbers after this are the forward pass's; the original forgets.
+                # Later random numbers are then those of the forward pass, which the original gets wrong.
                 self._draw_rotations(qk, rounds, factors)
             ids = (buckets - buckets.amin(-1, keepdim=True)).int()
             n_buckets = int(ids.max()) + 1
         return buckets, functional.bucket_sort(ids, n_buckets, getattr(self, BACKEND))
 
     def _draw_rotations(self, qk: Tensor, rounds: int, factors: tuple[int, ...]) -> Tensor:
-        """As the original draws them: from the global generator, seeded by `hash_seed` if there is one."""
+        """Draw as the original does: from the global generator, seeded with `hash_seed` if it is set."""
         if self.hash_seed is not None:
             torch.manual_seed(self.hash_seed)
         shape = (qk.shape[1], qk.shape[3], rounds, sum(factors) // 2)
@@ -152,7 +150,7 @@ class AcceleratedLocalSelfAttention(peer.LocalSelfAttention):
         return peer.LocalSelfAttentionOutput(_merge_heads(out), ())
 
     def _mean_of_window(self, v: Tensor) -> Tensor:
-        """What a query gets that sees padding alone: all its keys weigh the same, later ones too."""
+        """The output of a query that sees only padding: the mean value of its window, later keys too."""
         if v.shape[2] <= self.chunk_length:
             return v.mean(2, keepdim=True)
         chunks = v.unflatten(2, (-1, self.chunk_length)).mean(3)
@@ -170,19 +168,19 @@ ORIGINAL = {ours: theirs for theirs, ours in ACCELERATED.items()}
 
 
 def substitute(layer: nn.Module, backend: str) -> None:
-    """An original or accelerated layer becomes an accelerated one."""
+    """Turn an original or accelerated layer into an accelerated one."""
     setattr(layer, BACKEND, backend)
     layer.__class__ = ACCELERATED.get(type(layer), type(layer))
 
 
 def withdraw(layer: nn.Module) -> None:
-    """An accelerated layer becomes the original again."""
+    """Turn an accelerated layer back into the original."""
     layer.__class__ = ORIGINAL[type(layer)]
     delattr(layer, BACKEND)
 
 
 def _needs_original(layer: Any, x: Tensor, options: dict[str, Any], rounds: int) -> bool:
-    """Whether the call is one of those that `accelerate` leaves to the original, as its docstring lists."""
+    """Whether the original code runs this call; the docstring of `accelerate` lists the cases."""
     mask = options.get("attention_mask")
     if options.get("output_attentions") or options.get("head_mask") is not None:
         return True
@@ -208,7 +206,7 @@ def _needs_original(layer: Any, x: Tensor, options: dict[str, Any], rounds: int)
 
 
 def _is_cached(layer: Any, past: Any) -> bool:
-    """Whether past states hold this layer's; older versions hand over the layer's own pair."""
+    """Whether `past` holds this layer's states; old versions of transformers pass the layer's own pair."""
     if past is None:
         return False
     if isinstance(past, (tuple, list)):
@@ -217,7 +215,7 @@ def _is_cached(layer: Any, past: Any) -> bool:
 
 
 def _key_bias(mask: Tensor | None) -> Tensor | None:
-    """The original's mask: finite, so that queries at padding attend like any other."""
+    """The original's mask as a bias, finite so that queries at padding attend like any other."""
     if mask is None:
         return None
     return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask.to(torch.bool), MASKED)
