@@ -1,4 +1,4 @@
-"""Builds reformer_kernels._C with CMake and Ninja; the rest is in pyproject.toml and CMakeLists.txt."""
+"""Builds reformer_kernels._C with CMake and Ninja. All else is in pyproject.toml and CMakeLists.txt."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-# CMake options that an environment variable of the same name sets.
+# CMake options that are set by environment variables of the same names.
 OPTIONS = ("REFORMER_CUDA", "REFORMER_SANITIZE", "REFORMER_TEST_VARIANTS", "REFORMER_WERROR")
 
 
 def tool(name: str) -> str:
-    """A build tool: the one installed beside this Python if there is one, else the first on PATH."""
+    """The path of a build tool: the one installed with this Python, else the first on PATH."""
     path = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", "")))
-    found = shutil.which(name, path=path)
-    if found is None:
+    executable = shutil.which(name, path=path)
+    if executable is None:
         raise RuntimeError(f"{name} is needed to build reformer-kernels; install it with: pip install {name}")
-    return found
+    return executable
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds in build/, which is kept, so that the next build compiles only what changed."""
+    """Configures and builds in build/, which stays, so that the next build compiles only what changed."""
 
     def build_extension(self, ext: Extension) -> None:
         try:
@@ -45,12 +45,12 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
         for option in OPTIONS:
-            # Without the variable the default must come back, whatever an earlier build in this folder had.
+            # Without the variable, the default comes back, whatever an earlier build in this folder used.
             configure.append(f"-D{option}={os.environ[option]}" if option in os.environ else f"-U{option}")
         subprocess.run(configure, check=True)
         subprocess.run([tool("cmake"), "--build", str(build_dir), "--parallel"], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        # A new file, never a rewrite of one that a running process has mapped.
+        # A new file: rewriting the old one would change it under a process that has it mapped.
         target.unlink(missing_ok=True)
         shutil.copy2(build_dir / "_C.so", target)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from reformer_kernels import LSHConfig, ReformerConfig, ReformerLM
 from reformer_kernels.models.config import LayerKind
-from reformer_kernels.training.language_model import CONTEXT, VOCABULARY
+from reformer_kernels.training.byte_model import CONTEXT, VOCABULARY
 from reformer_kernels.training.text import load_text
 from reformer_kernels.training.trainer import Recipe, Trainer
 

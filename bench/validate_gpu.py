@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""One command for a machine with a GPU: is everything right there, and how fast is it?
+"""Checks and times everything on a machine with a GPU, in one command.
 
     python bench/validate_gpu.py                       # within 8 minutes: bench/results/<gpu>.json and .md
     python bench/validate_gpu.py --steps correctness,race
     python bench/validate_gpu.py --dry-run --output DIR     # tries every step here, in Triton's interpreter
 
-It builds, checks every operation and option against the float64 reference, looks for races, host
-synchronisation and bad addresses, times every operation beside SDPA's back ends, `torch.sort` and the
-machine's own rates, and measures tiles (`<gpu>-tiles.json`, for REFORMER_TILES). Steps run in processes of
-their own, the most important first; results are written after every row, so that a run cut short leaves what
-it got. Exit code 1: a check failed or a step did not end.
+It builds the package, checks every operation and option against the float64 reference, and looks for races,
+host synchronisation and bad addresses. It times every operation beside SDPA's back ends, `torch.sort` and the
+machine's own rates, and measures tiles (`<gpu>-tiles.json`, for REFORMER_TILES). The steps run in processes
+of their own, the most important first. Results are written after every row, so that a run that is cut short
+keeps what it has. The exit code is 1 where a check failed or a step did not end.
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ from validation.context import Context  # noqa: E402
 from validation.results import Results, StepResult  # noqa: E402
 from validation.steps import DEVICE_ERROR, STEPS, Step, rows_of  # noqa: E402
 
-BUDGET = 480.0
-MOST_RESTARTS = 5
-"""Of the processes of one step that die."""
+BUDGET_SECONDS = 480.0
+MAX_RESTARTS = 5
+"""How many processes of one step that die are started again."""
 
 OWN_PROCESS_IN_A_DRY_RUN = ("environment",)
-"""One suffices to try the protocol; the others run here, as each process imports torch again."""
+"""Steps with processes of their own also in a dry run. One is enough to try how that works; the others run in
+this process, as each further one would import torch again."""
 
 
 class StepRunner:
-    """Runs a step in its processes and gathers their rows."""
+    """Runs a step in its processes and collects their rows."""
 
     def __init__(self, step: Step, context: Context, results: Results, environment: dict[str, str]) -> None:
         self.step, self.context, self.results, self.environment = step, context, results, environment
@@ -74,7 +75,7 @@ class StepRunner:
                     self.processes.pop(shard)
                     continue
                 reason = self._died(shard)
-                if self.step.shards > 1 and restarts < MOST_RESTARTS:
+                if self.step.shards > 1 and restarts < MAX_RESTARTS:
                     restarts += 1
                     self._start(shard, shards)
                 else:
@@ -120,12 +121,12 @@ class StepRunner:
         self.lines.put((shard, None))
 
     def _died(self, shard: int) -> str:
-        """Why a process ended before its time. Unless its last row says it, a row of its own does."""
+        """Why a process ended early. Adds a row that says so, unless the process reported a device error."""
         process = self.processes.pop(shard)
         if process.returncode == DEVICE_ERROR:
             return "the device failed"
-        said = " ".join("".join(self.errors[shard][-4:]).split())
-        reason = f"the process ended with code {process.returncode}: {said[-500:]}"
+        errors = " ".join("".join(self.errors[shard][-4:]).split())
+        reason = f"the process ended with code {process.returncode}: {errors[-500:]}"
         self.result.rows.append({"check": f"process {shard}", "ok": False, "reason": reason})
         self.rows_of[shard] += 1
         self.results.write()
@@ -133,12 +134,13 @@ class StepRunner:
 
     def _stop(self) -> None:
         for process in self.processes.values():
-            os.killpg(process.pid, 9)  # with what it started
+            os.killpg(process.pid, 9)  # together with the processes that it started
             process.wait()
         self.processes.clear()
 
 
 def run_here(step: Step, context: Context, results: Results) -> None:
+    """Runs a step in this process."""
     result, start = results.steps[step.name], time.perf_counter()
     for row in rows_of(step.function, context):
         result.rows.append(row)
@@ -147,7 +149,10 @@ def run_here(step: Step, context: Context, results: Results) -> None:
 
 
 def device_name() -> str:
-    """Of the first GPU, fit for a file name; asked of another process, as a CUDA context would stay here."""
+    """The name of the first GPU as part of a file name, "" where there is none.
+
+    Another process asks for it, because a CUDA context would stay in this one.
+    """
     program = "import torch; print(torch.cuda.get_device_name(0) if torch.cuda.is_available() else '')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     return re.sub(r"[^a-z0-9]+", "-", done.stdout.strip().lower()).strip("-")
@@ -157,47 +162,51 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dry-run", action="store_true", help="tiny problems in the interpreter, on the CPU")
-    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results", metavar="DIR")
-    parser.add_argument("--seconds", type=float, default=BUDGET, help="for everything")
     parser.add_argument(
-        "--steps", help="only these, separated by commas: " + ", ".join(s.name for s in STEPS)
+        "--dry-run", action="store_true", help="tiny problems in Triton's interpreter, on the CPU"
     )
-    given = parser.parse_args()
-    steps = [step for step in STEPS if given.steps is None or step.name in given.steps.split(",")]
+    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results", metavar="DIR")
+    parser.add_argument("--seconds", type=float, default=BUDGET_SECONDS, help="time for all steps together")
+    parser.add_argument(
+        "--steps", help="run only these, separated by commas: " + ", ".join(s.name for s in STEPS)
+    )
+    arguments = parser.parse_args()
+    steps = [step for step in STEPS if arguments.steps is None or step.name in arguments.steps.split(",")]
     if not steps:
-        parser.error(f"--steps names none of {', '.join(step.name for step in STEPS)}")
-    name = "dry-run" if given.dry_run else device_name()
+        parser.error(
+            f"--steps must name some of {', '.join(step.name for step in STEPS)}, got {arguments.steps!r}"
+        )
+    name = "dry-run" if arguments.dry_run else device_name()
     if not name:
         print("torch finds no CUDA device; --dry-run tries the steps without one", file=sys.stderr)
         return 2
-    given.output.mkdir(parents=True, exist_ok=True)
-    context = Context(dry_run=given.dry_run, folder=str(given.output.resolve()), name=name)
-    results = Results(given.output / name, given.dry_run, sys.argv[1:])
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    context = Context(dry_run=arguments.dry_run, folder=str(arguments.output.resolve()), name=name)
+    results = Results(arguments.output / name, arguments.dry_run, sys.argv[1:])
     results.steps = {step.name: StepResult(step.about) for step in steps}
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "bench")]))
     start = time.perf_counter()
     for step in steps:
-        left = given.seconds - (time.perf_counter() - start)
+        left = arguments.seconds - (time.perf_counter() - start)
         if left < 5:
             results.steps[step.name].reason = "no time left"
             continue
         if step.name == "headline, swept":
             swept = Path(context.folder) / f"{context.name}-tiles.json"
             if not swept.exists():
-                results.steps[step.name].reason = "the sweep chose nothing"
+                results.steps[step.name].reason = "the sweep chose no tiles"
                 continue
             environment = environment | {"REFORMER_TILES": str(swept)}
         print(f"{step.name}: {step.about}", flush=True)
-        if given.dry_run and step.name not in OWN_PROCESS_IN_A_DRY_RUN:
+        if arguments.dry_run and step.name not in OWN_PROCESS_IN_A_DRY_RUN:
             run_here(step, context, results)
         else:
             StepRunner(step, context, results, environment).run(min(step.seconds, left))
         result = results.steps[step.name]
         print(f"  {result.status}, {len(result.rows)} rows, {len(result.failures)} failed", flush=True)
         for row in result.failures:
-            why = row.get("reason") or row.get("wrong") or row
-            print(f"  FAILED {row['check']}: {why}", flush=True)
+            reason = row.get("reason") or row.get("wrong") or row
+            print(f"  FAILED {row['check']}: {reason}", flush=True)
         results.write()
     print(f"Wrote {results.path.with_suffix('.json')} and {results.path.with_suffix('.md')}")
     return 0 if all(result.ok for result in results.steps.values()) else 1

@@ -1,4 +1,5 @@
-// Chooses an instruction set once, at load, and forwards each kernel of kernels.h to that variant.
+// Chooses an instruction set when the library is loaded, and forwards each kernel of cpu/variants.h to the
+// code compiled for it.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -10,8 +11,8 @@
 
 #include "cpu/variants.h"
 
-// CMake defines REFORMER_ISAS(VARIANT) as the compiled variants, best last: VARIANT(portable) VARIANT(avx2)
-// ...
+// Written by CMake: REFORMER_ISAS(VARIANT) lists the compiled variants, the best last, as
+// VARIANT(portable) VARIANT(avx2) ...
 #include "isas.h"
 
 namespace reformer {
@@ -27,21 +28,22 @@ namespace {
 
 struct Variant {
   const char* name;
-  bool automatic;  // chosen when the user asks for nothing
+  bool automatic;  // may be chosen when the user names none
   bool (*supported)();
   KernelTable kernels;
 };
 
-// Each also asks whether the operating system saves the wider registers.
+// Whether the machine can run a variant. __builtin_cpu_supports also asks whether the operating system saves
+// the wider registers.
 bool supports_portable() { return true; }
 #if defined(__x86_64__)
-// F16C and AVX512-BF16 are names that not every Clang's __builtin_cpu_supports knows.
+// Not every Clang's __builtin_cpu_supports knows the names of F16C and AVX512-BF16.
 [[maybe_unused]] bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 [[maybe_unused]] bool has_avx512bf16() {
-  constexpr unsigned kBit = 1u << 5;  // of EAX, in sub-leaf 1 of leaf 7
+  constexpr unsigned kBit = 1u << 5;  // in EAX of leaf 7, sub-leaf 1
   unsigned a, b, c, d;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kBit);
 }
@@ -55,7 +57,7 @@ bool supports_portable() { return true; }
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 [[maybe_unused]] bool supports_avx512bf16() { return supports_avx512() && has_avx512bf16(); }
-// The 16-lane code compiled for AVX2: tests only.
+// For tests only: the 16-lane code, compiled for AVX2.
 [[maybe_unused]] bool supports_wide() { return supports_avx2(); }
 [[maybe_unused]] bool supports_wide_pairs() { return supports_avx2(); }
 #endif
@@ -70,13 +72,14 @@ bool is_automatic(const char* name) { return std::strncmp(name, "wide", 4) != 0;
    }()},
 const Variant kVariants[] = {REFORMER_ISAS(REFORMER_VARIANT)};
 
+// The variant called `name`, or the best automatic one for ""; null if the machine has no such variant.
 const Variant* find(const char* name) {
-  const Variant* found = nullptr;
+  const Variant* best = nullptr;
   for (const Variant& variant : kVariants) {
     const bool wanted = *name ? std::strcmp(variant.name, name) == 0 : variant.automatic;
-    if (wanted && variant.supported()) found = &variant;
+    if (wanted && variant.supported()) best = &variant;
   }
-  return found;
+  return best;
 }
 
 std::atomic<const Variant*>& active() {
@@ -95,9 +98,9 @@ REFORMER_KERNELS(REFORMER_FORWARD)
 const char* active_isa() { return active().load(std::memory_order_relaxed)->name; }
 
 bool select_isa(const char* name) {
-  const Variant* found = find(name);
-  if (found) active().store(found, std::memory_order_relaxed);
-  return found != nullptr;
+  const Variant* variant = find(name);
+  if (variant) active().store(variant, std::memory_order_relaxed);
+  return variant != nullptr;
 }
 
 const char* compiled_isas() {

@@ -1,8 +1,8 @@
 // The whole C++ API of reformer-kernels: parameter structs and functions over raw pointers.
 //
-// No torch header, no Python, no tensor is allocated here: the caller passes pointers, sizes, strides
-// (in elements) and a workspace. Shapes use B batch, H heads, L length, D head dimension, Dv value
-// dimension, R hash rounds, Lk the keys' length. Arrays whose strides are not listed are contiguous.
+// The library knows neither torch nor Python and allocates no tensors: the caller passes pointers, sizes,
+// strides (in elements) and a workspace. In shapes, B is batch, H heads, L length, Lk the keys' length, D the
+// head dimension, Dv the values' dimension and R hash rounds. An array without strides is contiguous.
 #pragma once
 
 #include <cstddef>
@@ -10,15 +10,17 @@
 
 namespace reformer {
 
+constexpr int kMaxHeadDim = 256;  // the largest D and Dv, as MAX_HEAD_DIM in reformer_kernels/_limits.py
+
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// Results of a call that checks its input as it runs; bindings.cpp turns them into exceptions.
+// The result of a call that checks its input as it runs. bindings.cpp turns errors into exceptions.
 enum class Status : int32_t {
   kOk = 0,
   kBadOrder = 1,      // an order is not a permutation of its positions
   kBadStarts = 2,     // bucket starts do not rise from 0 to L
-  kUnsorted = 3,      // positions do not rise within a bucket, where the kernels rely on it
-  kTooManyCodes = 4,  // too many buckets and too wide a window to count duplicates in 32 bits
+  kUnsorted = 3,      // positions do not rise within a bucket, which the kernel needs here
+  kTooManyCodes = 4,  // so many buckets with so wide a window that duplicates cannot be counted in 32 bits
 };
 
 // A (B, H, L, D) array with a contiguous last dimension.
@@ -27,9 +29,10 @@ struct Rows {
   int64_t batch_stride = 0, head_stride = 0, row_stride = 0;
 };
 
-// x (B, H, L, D) and rotations (rotation_heads, D, R, rotation_width), rotation_heads 1 or H, to bucket ids
-// (B, H, R, L). `factors` has one even number a factor; their halves are consecutive columns of a round's
-// rotation_width columns, of which the rest are not read.
+// buckets (B, H, R, L) = argmax([xR; -xR]) for x (B, H, L, D) and rotations of shape
+// (rotation_heads, D, R, rotation_width), where rotation_heads is 1 or H. `factors` are the even factors of
+// the number of buckets. Each takes the next factor / 2 of a round's rotation_width columns; columns that are
+// left over are not read.
 struct HashParams {
   int64_t B = 0, H = 0, L = 0, D = 0, R = 0;
   DType dtype = DType::kFloat32;
@@ -44,24 +47,25 @@ struct HashParams {
 };
 void lsh_hash(const HashParams& params);
 
-// buckets (segments, L) to order (segments, L), stable by (bucket, position), and starts
-// (segments, starts_size), starts_size >= n_buckets + 1; entries after n_buckets hold L.
-// Ids below 0 or above n_buckets - 1 count as the nearest bucket. L and n_buckets are below 2^31 - 1.
+// Sorts the positions of each segment by (bucket, position): buckets (segments, L) to order (segments, L) and
+// starts (segments, starts_size). starts[b] is where bucket b begins in the order; starts_size is at least
+// n_buckets + 1, and entries from n_buckets on hold L. Ids below 0 or above n_buckets - 1 count as the
+// nearest bucket. L and n_buckets are below 2^31 - 1.
 struct SortParams {
   int64_t segments = 0, L = 0, n_buckets = 0, starts_size = 0;
   const int32_t* buckets = nullptr;
   int32_t* order = nullptr;
   int32_t* starts = nullptr;
-  int32_t threads = 1;  // on the CPU
-  // On a GPU:
+  int32_t threads = 1;  // only for the CPU
+  // Only for a GPU:
   int32_t device = 0;
   void* stream = nullptr;     // a cudaStream_t
-  void* workspace = nullptr;  // bucket_sort_workspace_bytes() long, 256-byte aligned
+  void* workspace = nullptr;  // bucket_sort_workspace_bytes() bytes, 256-byte aligned
 };
 void bucket_sort(const SortParams& params);
 
-// Kernels of NVIDIA GPUs, defined where the build has CUDA. Pointers are to memory of `device`; a call
-// enqueues its work in `stream` and does not wait for it. It returns null, or what CUDA said went wrong.
+// Kernels for NVIDIA GPUs, defined only if the build has CUDA. Pointers are to memory of `device`. A call
+// enqueues its work in `stream` without waiting for it. It returns null, or CUDA's error message.
 namespace cuda {
 size_t bucket_sort_workspace_bytes(const SortParams& params);
 const char* bucket_sort(const SortParams& params);
@@ -69,7 +73,7 @@ const char* bucket_sort(const SortParams& params);
 
 enum class KeyNorm : int32_t { kNone = 0, kRms = 1, kL2 = 2 };
 
-// Which keys a query sees: see reformer_kernels.config.AttentionRule, whose fields these are.
+// Which keys a query sees. The fields are those of reformer_kernels.config.AttentionRule.
 struct AttentionRule {
   bool rank_window = false;
   int64_t chunk_length = 0, chunks_before = 0, chunks_after = 0;
@@ -78,31 +82,33 @@ struct AttentionRule {
   KeyNorm key_norm = KeyNorm::kNone;
 };
 
-// out_i = sum_j p_ij v_j, p = softmax over all rounds' visible keys of scale * q_i . k_j, with k the keys as
-// given or, where k.data is null, q normalised by rule.key_norm.
+// out_i = sum_j p_ij v_j, where p_i is the softmax of scale * q_i . k_j + key_bias_j over the keys j that
+// query i sees in any round, and lse_i is the log of its denominator. Keys are k or, if k.data is null, q
+// normalised by rule.key_norm.
 //
-// Where key_order is given, keys are sorted apart from the queries, and a query's window lies around its
-// cursor: the number of sorted keys not after (its bucket, its position i if causal, else i * Lk / L). Such a
-// rule has rank_window, no ring and no exclude_self. Elsewhere Lk = L, and padding keys are queries too.
+// If key_order is given, keys are sorted apart from the queries. The window of query i then lies around its
+// cursor: the number of sorted keys that are not after (its bucket, its position), the position being i if
+// causal, else i * Lk / L. The rule must then have rank_window, no ring and no exclude_self. Otherwise
+// Lk = L, and a padding key is a padding query too.
 struct AttentionParams {
   int64_t B = 0, H = 0, L = 0, Lk = 0, D = 0, Dv = 0, R = 0;
   DType dtype = DType::kFloat32;
   Rows q, k, v;
   const int32_t* order = nullptr;       // (B, H, R, L)
   const int32_t* starts = nullptr;      // (B, H, R, starts_size)
-  const int32_t* key_order = nullptr;   // (B, H, R, Lk), may be null
-  const int32_t* key_starts = nullptr;  // (B, H, R, starts_size), null where key_order is
+  const int32_t* key_order = nullptr;   // (B, H, R, Lk); null unless keys are sorted apart
+  const int32_t* key_starts = nullptr;  // (B, H, R, starts_size); null where key_order is
   int64_t starts_size = 0;
-  const float* key_bias = nullptr;  // (B, Lk), -inf: padding; may be null
+  const float* key_bias = nullptr;  // (B, Lk), -inf for padding; may be null
   AttentionRule rule;
   float scale = 1.0f;
-  // Keep a probability where its Philox word >= dropout_threshold (0: keep all), then multiply by keep_scale.
+  // A probability is kept, and multiplied by keep_scale, if its Philox word is at least dropout_threshold.
   uint32_t dropout_threshold = 0;
   float keep_scale = 1.0f;
   uint64_t seed = 0;
   Rows out;                   // written by forward, read by backward
   float* lse = nullptr;       // (B, H, L), likewise
-  void* workspace = nullptr;  // attention_workspace_bytes() long, 64-byte aligned
+  void* workspace = nullptr;  // attention_*_workspace_bytes() bytes, 64-byte aligned
   int32_t threads = 1;
 };
 struct AttentionGradients {
@@ -117,14 +123,14 @@ Status attention_backward(const AttentionParams& params, const AttentionGradient
 
 enum class Normalization : int32_t { kNone = 0, kLayer = 1, kRms = 2 };
 
-// One step of a residual stream: stream += sign * delta in place; then, in the same pass, value = the stream
-// in `dtype` and normed = weight * (value - mean) * rstd + bias by rows (kRms: mean 0). A floating-point
-// stream has dtype `dtype`; a fixed-point one is int32 multiples of 1 / scale, takes round(delta * scale),
-// and wraps around.
+// One step of a residual stream (rows, columns): stream += sign * delta in place. In the same pass, value is
+// the stream in `dtype`, and normed = weight * (value - mean) * rstd + bias for each row (with mean 0 for
+// kRms). A floating-point stream has dtype `dtype`. A fixed-point stream holds int32 multiples of 1 / scale;
+// it adds sign * round(delta * scale) and wraps around.
 struct ResidualParams {
   int64_t rows = 0, columns = 0;
   bool fixed_point = false;
-  float scale = 1.0f;  // fixed point only: a power of two
+  float scale = 1.0f;  // a power of two; only for fixed point
   int32_t sign = 1;    // 1 or -1
   DType dtype = DType::kFloat32, delta_dtype = DType::kFloat32;
   void* stream = nullptr;
@@ -137,15 +143,14 @@ struct ResidualParams {
   void* normed = nullptr;
   float* mean = nullptr;  // (rows,), as rstd; may be null
   float* rstd = nullptr;
-  int32_t* flag = nullptr;  // becomes 1 if a fixed-point sum wraps around or a delta has no int32
+  int32_t* flag = nullptr;  // becomes 1 if a fixed-point sum wraps around or a delta does not fit in int32
   int32_t threads = 1;
 };
 void residual_step(const ResidualParams& params);
 
-// The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable"; select_isa("") goes back to the
-// best.
-// Returns false where the machine lacks it.
+// The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable".
 const char* active_isa();
+// Chooses an instruction set, or the best one for "". Returns false if the machine or the build lacks it.
 bool select_isa(const char* name);
 
 }  // namespace reformer

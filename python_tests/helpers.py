@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from reformer_kernels import Layout, LSHConfig, _backend
+from reformer_kernels import Layout, LSHConfig, _native
 from reformer_kernels import functional as F
+from reformer_kernels.ops.attention import reference
+from reformer_kernels.ops.attention.arguments import Arguments
 from reformer_kernels.testing import TOLERANCE, normal, relative_error
 
 NATIVE = pytest.param(
     "native",
     marks=pytest.mark.skipif(
-        _backend.NATIVE_ERROR is not None, reason=f"native extension: {_backend.NATIVE_ERROR}"
+        _native.unavailable_reason() is not None, reason=f"native: {_native.unavailable_reason()}"
     ),
 )
 """Parameter of tests that run the native back end too; skipped, saying why, where it is not built."""
+
+
+def reference_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The reference of attention, called as the operators are."""
+    return reference.attention(Arguments(*arguments))
 
 
 def qkv(

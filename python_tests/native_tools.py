@@ -1,4 +1,4 @@
-"""What the tests of native operators share."""
+"""Helpers shared by the tests of native operators."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def runnable_isas() -> list[str]:
 
 @contextmanager
 def isa(name: str) -> Iterator[None]:
-    """Runs the native kernels' variant `name`."""
+    """Makes native kernels use the instruction set `name` inside the block."""
     native = _native.extension()
     before = native.active_isa()
     assert native.select_isa(name)
@@ -45,7 +45,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """torch.empty() fills its memory with the largest integer or NaN: entries not written show themselves."""
+    """Makes torch.empty() fill its memory with NaN or the largest integer, so that unwritten entries show."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reformer_kernels.config import AttentionRule
+from reformer_kernels.rule import AttentionRule
 
 MASK = 0xFFFFFFFF
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +11,9 @@ import pytest
 from reformer_kernels import LSHConfig
 from reformer_kernels.config import (
     AUTOMATIC_ROTATION_WIDTH,
-    AttentionRule,
     automatic_factors,
-    resolve_rule,
-    resolve_scale,
 )
+from reformer_kernels.rule import AttentionRule, self_attention_rule
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_short_sequences_have_one_round_in_chunks_only() -> None:
 
 def test_rule_of_chunks() -> None:
     config = LSHConfig(chunk_length=8, chunks_before=2, chunks_after=1, causal=True)
-    assert resolve_rule(config, 9) == AttentionRule(
+    assert self_attention_rule(config, 9) == AttentionRule(
         rank_window=False,
         chunk_length=8,
         chunks_before=2,
@@ -179,28 +179,39 @@ def test_rule_of_chunks() -> None:
         ring=False,
         key_norm=1,
     )
-    trax = resolve_rule(LSHConfig.trax(chunk_length=8), 9)
+    trax = self_attention_rule(LSHConfig.trax(chunk_length=8), 9)
     assert (trax.bucket_mask, trax.correct_duplicates, trax.ring) == (False, False, True)
-    assert resolve_rule(LSHConfig.lucidrains(chunk_length=8), 9).key_norm == 2
-    short = resolve_rule(LSHConfig.trax(chunk_length=8, chunks_after=1), 8)
+    assert self_attention_rule(LSHConfig.lucidrains(chunk_length=8), 9).key_norm == 2
+    short = self_attention_rule(LSHConfig.trax(chunk_length=8, chunks_after=1), 8)
     assert (short.chunks_before, short.chunks_after, short.ring, short.bucket_mask) == (0, 0, False, False)
-    assert not resolve_rule(config, 8).bucket_mask
-    assert not resolve_rule(config, 9, shared_qk=False).exclude_self
+    assert not self_attention_rule(config, 8).bucket_mask
+    assert not self_attention_rule(config, 9, shared_qk=False).exclude_self
 
 
 @pytest.mark.parametrize(("causal", "before", "after"), [(True, 7, 0), (False, 3, 4)])
 def test_rule_of_bucket_windows(causal: bool, before: int, after: int) -> None:
     config = LSHConfig.trax(window="bucket", bucket_window=7, causal=causal)
-    rule = resolve_rule(config, 3)
+    rule = self_attention_rule(config, 3)
     assert rule.rank_window and rule.bucket_mask and not rule.ring
     assert (rule.window_before, rule.window_after) == (before, after)
 
 
-def test_rule_packs_in_the_order_of_its_fields() -> None:
+def test_a_rule_is_the_tuple_that_operators_take() -> None:
     rule = AttentionRule(True, 2, 3, 4, 5, 6, False, True, False, True, False, 2)
-    assert rule.pack() == [1, 2, 3, 4, 5, 6, 0, 1, 0, 1, 0, 2]
+    assert list(map(int, rule)) == [1, 2, 3, 4, 5, 6, 0, 1, 0, 1, 0, 2]
+    declared = re.findall(r"(\w+) = (?:false|0|KeyNorm::kNone)", _struct("AttentionRule"))
+    assert declared == list(AttentionRule._fields), "csrc/kernels.h lists other fields, or in another order"
 
 
-def test_scale() -> None:
-    assert resolve_scale(None, 16) == 0.25
-    assert resolve_scale(2, 16) == 2.0
+def _struct(name: str) -> str:
+    header = (Path(__file__).parents[1] / "csrc" / "kernels.h").read_text()
+    return header.partition(f"struct {name} {{")[2].partition("};")[0]
+
+
+@pytest.mark.parametrize(("scale", "shared", "separate"), [(None, 1.0, 0.25), (2, 2.0, 2.0), (0.5, 0.5, 0.5)])
+def test_scale(scale: float | None, shared: float, separate: float) -> None:
+    config = LSHConfig(scale=scale)
+    assert config.logit_scale(16) == shared
+    assert config.logit_scale(16, shared_qk=False) == separate
+    for norm in ("l2", "none"):
+        assert dataclasses.replace(config, key_norm=norm).logit_scale(16) == separate

@@ -1,4 +1,4 @@
-# The compiled module: see csrc/bindings.cpp, and csrc/kernels.h for what its structs and functions mean.
+# The compiled module. csrc/bindings.cpp defines it; csrc/kernels.h says what its structs and functions mean.
 from typing import Any
 
 def __getattr__(name: str) -> Any: ...

@@ -5,18 +5,17 @@ from reformer_kernels.config import LSHConfig
 from reformer_kernels.layout import Layout
 from reformer_kernels.models import Reformer, ReformerConfig, ReformerEncoderDecoder, ReformerLM
 from reformer_kernels.modules import (
-    AttentionReplacement,
     AxialPositionalEmbedding,
     ChunkedFeedForward,
     LocalSelfAttention,
     LSHSelfAttention,
     MultiheadAttention,
+    ReplacementReport,
     replace_attention,
 )
 from reformer_kernels.reversible import ReversibleBlock, ReversibleSequence
 
 __all__ = [
-    "AttentionReplacement",
     "AxialPositionalEmbedding",
     "ChunkedFeedForward",
     "LSHConfig",
@@ -28,6 +27,7 @@ __all__ = [
     "ReformerConfig",
     "ReformerEncoderDecoder",
     "ReformerLM",
+    "ReplacementReport",
     "ReversibleBlock",
     "ReversibleSequence",
     "functional",

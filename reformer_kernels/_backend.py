@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
+import os
 from typing import Literal, get_args
 
 import torch
 
 from reformer_kernels import _native
 from reformer_kernels._limits import KERNEL_DTYPES
-from reformer_kernels.gpu.tiles import interpreted
 
 Backend = Literal["auto", "reference", "native", "triton"]
 BACKENDS = get_args(Backend)  # here, as torch.compile of older versions cannot trace get_args
 
-NATIVE_ERROR: ImportError | None = None
-"""Why the compiled extension could not be imported; None where it was."""
 
-try:
-    # Imports the extension, then the modules that register the native operators with torch.
-    for _module in ("_native", "ops.hash.op", "ops.sort.op", "ops.residual.op", "ops.attention.op"):
-        importlib.import_module(f"{__package__}.{_module}")
-    importlib.import_module(f"{__package__}.ops.attention.triton.op")  # without importing triton
-except ImportError as error:
-    NATIVE_ERROR = error
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter: TRITON_INTERPRET decides when Triton is imported."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "on", "true")
 
 
 @functools.cache
 def triton_missing() -> bool:
-    """Whether Triton is not installed. Nothing imports it before a kernel runs: that takes a while."""
+    """Whether Triton is not installed; found out without importing it, which takes a while."""
     return importlib.util.find_spec("triton") is None
 
 
@@ -66,12 +59,11 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
                 f"backend='native' runs on the CPU, got tensors on {device}; use 'reference' "
                 "(on CUDA tensors, bucket_sort is the one function with a native kernel)"
             )
-        if NATIVE_ERROR is not None:
+        reason = _native.unavailable_reason()
+        if reason is not None:
             raise RuntimeError(
-                "the native back end cannot be used, as its compiled extension failed to import "
-                f"({NATIVE_ERROR}); build it with 'pip install -e .' in the source tree, "
-                "or pass backend='reference', which is slow"
-            ) from NATIVE_ERROR
+                f"the native back end cannot be used: {reason}; or pass backend='reference', which is slow"
+            )
     return backend
 
 

@@ -57,7 +57,6 @@ def check_qkv(
     k: Tensor | None,
     *,
     names: tuple[str, str, str] = ("q", "v", "k"),
-    k_required: bool = False,
     own_key_length: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Checked against each other, and cast as autocast asks. `own_key_length`: k's and v's may not be q's."""
@@ -65,7 +64,7 @@ def check_qkv(
     check_rows(names[0], q)
     check_rows(names[1], v)
     others: list[tuple[str, Any]] = [(names[1], v)]
-    if k is not None or k_required:
+    if k is not None:
         check_rows(names[2], k)
         others.append((names[2], k))
     for name, x in others:
@@ -102,6 +101,16 @@ def check_qkv(
                 f"under autocast {names[0]} is {q.dtype} and {name} {x.dtype}; make them one dtype"
             )
     return q, v, k
+
+
+def check_separate_qkv(
+    q: Tensor, k: Tensor, v: Tensor, *, own_key_length: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v checked against each other and cast as autocast asks, where k must be given."""
+    check_rows("k", k)
+    q, v, checked = check_qkv(q, v, k, own_key_length=own_key_length)
+    assert checked is not None
+    return q, checked, v
 
 
 def check_padding(mask: Tensor | None, x: Tensor) -> Tensor | None:

@@ -123,10 +123,10 @@ def pointer(
         raise ValueError(f"{name} must be {place}, got device {tensor.device}")
     if tensor.is_neg():
         raise ValueError(f"{name} is a view that torch negates when it is read; pass {name}.resolve_neg()")
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor.shape != torch.Size(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if rows:
-        if tensor.numel() and tensor.size(-1) > 1 and tensor.stride(-1) != 1:
+        if tensor.stride(-1) != 1 and tensor.size(-1) > 1 and tensor.numel():
             raise ValueError(f"{name}'s last dimension must be contiguous, got strides {tensor.stride()}")
     elif not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")

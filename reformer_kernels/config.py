@@ -115,7 +115,9 @@ class LSHConfig:
             looks back at the previous round's last chunk, the first round's at the last round's.
         key_norm: "rms": k = q / sqrt(mean(q^2) + 1e-6) / sqrt(D) (trax, Hugging Face).
             "l2": k = q / max(|q|, 1e-12) (reformer_pytorch). "none": k = q.
-        scale: factor of the logits; 1.0 in trax and Hugging Face. None: D ** -0.5 (reformer_pytorch).
+        scale: the factor of the logits. None takes what goes with the keys, see `logit_scale`: 1 for
+            shared query-keys with key_norm "rms" (trax, Hugging Face), else D ** -0.5 (reformer_pytorch,
+            and ordinary attention over keys of their own).
     """
 
     n_hashes: int = 4
@@ -130,7 +132,7 @@ class LSHConfig:
     correct_duplicates: bool = True
     ring: Ring = "none"
     key_norm: KeyNorm = "rms"
-    scale: float | None = 1.0
+    scale: float | None = None
 
     def __post_init__(self) -> None:
         check_integer("n_hashes", self.n_hashes, 1, MAX_HASHES)
@@ -168,8 +170,7 @@ class LSHConfig:
 
         As `trax()`, with keys of unit length and logits scaled by D ** -0.5.
         """
-        preset = cls.trax(key_norm="l2", scale=None)
-        return dataclasses.replace(preset, **overrides)
+        return dataclasses.replace(cls.trax(key_norm="l2"), **overrides)
 
     @property
     def window_size(self) -> int:
@@ -204,136 +205,37 @@ class LSHConfig:
             return self.bucket_factors
         return automatic_factors(length, self.span)
 
+    def sees_all_keys(self, key_length: int) -> bool:
+        """Whether keys that are sorted apart from the queries all fit one window, so that nothing is hashed.
+
+        Never for window "bucket", where appending tokens must not change the rule.
+        """
+        return self.window == "chunks" and key_length <= self.window_size
+
+    @property
+    def cross_span(self) -> int:
+        """Keys for which automatic factors make two buckets, where keys are sorted apart from the queries.
+
+        A mean bucket then holds w keys if causal and w / 2 otherwise, where measured recall is best
+        (`reformer-kernels recall`): half of a bucket that is as long as the window lies after a causal query.
+        """
+        return 2 * self.window_size if self.causal else self.window_size
+
+    def logit_scale(self, head_dim: int, *, shared_qk: bool = True) -> float:
+        """The factor of the logits: `scale`, or for None what goes with the keys.
+
+        Shared query-keys normalised by "rms" carry head_dim ** -0.5 already, so their factor is 1.
+        """
+        if self.scale is not None:
+            return float(self.scale)
+        return 1.0 if shared_qk and self.key_norm == "rms" else float(head_dim) ** -0.5
+
     @property
     def rotation_width(self) -> int:
         """Columns of a rotation table: half the sum of the factors, 128 where they are automatic."""
         if self.bucket_factors is not None:
             return sum(self.bucket_factors) // 2
         return AUTOMATIC_ROTATION_WIDTH
-
-
-@dataclass(frozen=True)
-class AttentionRule:
-    """The pair rule as the attention operators take it: plain integers, resolved for one length.
-
-    Keys of the query at rank i of round r are those at ring positions [lo, hi), where the ring is
-    all rounds' sorted orders one after the other (ring position = r * L + rank):
-
-    - window "chunks" (`rank_window` False): lo = (c - chunks_before) * chunk_length,
-      hi = (c + 1 + chunks_after) * chunk_length for the chunk c = i // chunk_length, in units that
-      skip the missing part of a short last chunk;
-    - window "bucket": lo = i - window_before, hi = i + window_after + 1, within i's own bucket;
-    - the same for keys sorted apart, whose ring it is: lo = c - window_before, hi = c + window_after for the
-      query's cursor c, see `functional.lsh_cross_attention`.
-
-    `bucket_mask` cuts the range to i's bucket of round r. Without `ring` the range is cut to round r.
-    Then, by original positions, `causal` drops keys after the query and `exclude_self` the query.
-    """
-
-    rank_window: bool
-    chunk_length: int
-    chunks_before: int
-    chunks_after: int
-    window_before: int
-    window_after: int
-    bucket_mask: bool
-    causal: bool
-    exclude_self: bool
-    correct_duplicates: bool
-    ring: bool
-    key_norm: int  # index into KEY_NORMS
-
-    def pack(self) -> list[int]:
-        """The fields as integers, in order: how operator schemas carry a rule."""
-        return [int(getattr(self, field.name)) for field in dataclasses.fields(self)]
-
-
-def resolve_rule(config: LSHConfig, length: int, *, shared_qk: bool = True) -> AttentionRule:
-    """The pair rule of `config` for sequences of `length` tokens.
-
-    Only whether `length` fits one chunk matters (`LSHConfig.is_short`), so a rule serves many lengths.
-    `shared_qk` False (keys given apart from queries): a query may see its own position, as in ordinary
-    attention; the self mask is there because a shared query-key always matches itself best.
-    """
-    short = config.is_short(length)
-    by_bucket = config.window == "bucket"
-    w = config.window_size
-    window_before, window_after = (w, 0) if config.causal else (w // 2, w - w // 2)
-    return AttentionRule(
-        rank_window=by_bucket,
-        chunk_length=config.chunk_length,
-        chunks_before=0 if short or by_bucket else config.chunks_before,
-        chunks_after=0 if short or by_bucket else config.chunks_after,
-        window_before=window_before if by_bucket else 0,
-        window_after=window_after if by_bucket else 0,
-        bucket_mask=by_bucket or not (short or config.attend_across_buckets),
-        causal=config.causal,
-        exclude_self=shared_qk,
-        correct_duplicates=config.correct_duplicates,
-        ring=config.ring == "rounds" and not (short or by_bucket),
-        key_norm=KEY_NORMS.index(config.key_norm),
-    )
-
-
-def sees_all(config: LSHConfig, key_length: int) -> bool:
-    """Whether keys sorted apart from the queries fit one window, so that they are neither hashed nor sorted.
-
-    Never for window "bucket", where appending tokens must not change the rule.
-    """
-    return config.window == "chunks" and key_length <= config.window_size
-
-
-def cross_span(config: LSHConfig) -> int:
-    """Keys sorted apart from the queries for which automatic factors make two buckets.
-
-    A mean bucket then holds w keys if causal, w / 2 else, where measured recall is best (`reformer-kernels
-    recall`): of a bucket as long as the window, half lies on the other side of a causal query.
-    """
-    return 2 * config.window_size if config.causal else config.window_size
-
-
-def resolve_cross_rule(config: LSHConfig, key_length: int) -> AttentionRule:
-    """The pair rule of `config` for queries and keys that are sorted apart: windows around cursors.
-
-    As with `resolve_rule`, only whether the keys fit one window matters (`sees_all`).
-    """
-    every, w = sees_all(config, key_length), config.window_size
-    return AttentionRule(
-        rank_window=True,
-        chunk_length=config.chunk_length,
-        chunks_before=0,
-        chunks_after=0,
-        window_before=w if every or config.causal else w // 2,
-        window_after=0 if config.causal else w if every else w - w // 2,
-        bucket_mask=config.window == "bucket" or not (every or config.attend_across_buckets),
-        causal=config.causal,
-        exclude_self=False,
-        correct_duplicates=config.correct_duplicates,
-        ring=False,
-        key_norm=KEY_NORMS.index("none"),
-    )
-
-
-def local_config(
-    chunk_length: int, chunks_before: int, chunks_after: int, *, causal: bool, ring: bool
-) -> LSHConfig:
-    """Local attention, see `functional.local_attention`, as one round in order of position."""
-    return LSHConfig(
-        n_hashes=1,
-        chunk_length=chunk_length,
-        chunks_before=chunks_before,
-        chunks_after=chunks_after,
-        causal=causal,
-        attend_across_buckets=True,
-        correct_duplicates=False,
-        ring="rounds" if ring else "none",
-        key_norm="none",
-    )
-
-
-def resolve_scale(scale: float | None, head_dim: int) -> float:
-    """The factor of the logits: `scale`, or head_dim ** -0.5 for None."""
-    return float(head_dim) ** -0.5 if scale is None else float(scale)
 
 
 def check_integer(name: str, value: Any, low: int, high: int, *, or_else: str = "") -> None:

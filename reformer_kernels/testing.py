@@ -1,4 +1,4 @@
-"""Tolerances, the measure of an error and seeded inputs, for tests, benchmarks and the validation of a GPU."""
+"""Tolerances, the measure of an error and seeded inputs: for tests, benchmarks and checks on a GPU."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The steps of `bench/validate_gpu.py`: each yields rows, plain dictionaries, as it gets them."""
+"""The steps of `bench/validate_gpu.py`. Each yields rows, which are plain dictionaries, as it gets them."""

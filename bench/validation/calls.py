@@ -1,4 +1,4 @@
-"""The calls that are timed and swept, made ready on random tensors of one shape."""
+"""The calls that are timed and swept, prepared on random tensors of one shape."""
 
 from __future__ import annotations
 
@@ -20,7 +20,25 @@ Call = Callable[[], Any]
 FORWARD, BOTH = "forward", "forward+backward"
 
 
+def capture(call: Call) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of the call, and the results that it writes.
+
+    The call first runs on a stream of its own, which compiles its kernels.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
+
+
 def shape_of(context: Context, **fields: int) -> Shape:
+    """The default shape with these fields; in a dry run a tiny one, whatever the fields."""
     shape = Shape(**fields)
     if not context.dry_run:
         return shape
@@ -28,13 +46,14 @@ def shape_of(context: Context, **fields: int) -> Shape:
 
 
 def dtype_of(shape: Shape) -> torch.dtype:
+    """bfloat16 or float32, by the shape's bits."""
     return torch.bfloat16 if shape.bits == 16 else torch.float32
 
 
 def _leaves(context: Context, shape: Shape, count: int) -> list[Tensor]:
     size = (1, shape.heads, shape.length, shape.head_dim)
-    made = [torch.randn(size, device=context.device).to(dtype_of(shape)) for _ in range(count)]
-    return [x.requires_grad_() for x in made]
+    tensors = [torch.randn(size, device=context.device).to(dtype_of(shape)) for _ in range(count)]
+    return [x.requires_grad_() for x in tensors]
 
 
 def _differentiated(call: Callable[..., Tensor], leaves: list[Tensor], phase: str) -> Call:
@@ -63,7 +82,7 @@ def _rotations(context: Context, shape: Shape, config: LSHConfig) -> Tensor:
 
 
 def attend(context: Context, shape: Shape, phase: str, preset: str = "paper") -> Call:
-    """The attention kernels alone, on a layout made before."""
+    """The attention kernels alone, on a layout that is not part of the call."""
     config, leaves, backend = _config(shape, preset), _leaves(context, shape, 2), context.backend
     rotations = _rotations(context, shape, config)
     layout = functional.lsh_layout(leaves[0], config, rotations=rotations, backend=backend)
@@ -84,6 +103,7 @@ def lsh_attention(context: Context, shape: Shape, phase: str, preset: str = "pap
 
 
 def local(context: Context, shape: Shape, phase: str) -> Call:
+    """Local attention over chunks."""
     return _differentiated(
         lambda q, k, v: functional.local_attention(
             q, k, v, chunk_length=shape.chunk_length, causal=True, backend=context.backend
@@ -94,7 +114,7 @@ def local(context: Context, shape: Shape, phase: str) -> Call:
 
 
 def full(context: Context, shape: Shape, phase: str, peer: str) -> Call:
-    """Dense attention by torch; raises PeerRefusesError where that back end cannot take it."""
+    """Dense attention by a back end of torch's; raises PeerRefusesError where it cannot take the shape."""
     problem = Problem(
         heads=shape.heads,
         length=shape.length,
@@ -107,6 +127,7 @@ def full(context: Context, shape: Shape, phase: str, peer: str) -> Call:
 
 
 def lsh_hash(context: Context, shape: Shape) -> Call:
+    """Hashing of all rounds."""
     config = _config(shape, "paper")
     factors, rotations = config.factors(shape.length), _rotations(context, shape, config)
     qk = _leaves(context, shape, 1)[0].detach()
@@ -114,7 +135,7 @@ def lsh_hash(context: Context, shape: Shape) -> Call:
 
 
 def sort(context: Context, shape: Shape, by: str) -> Call:
-    """`by`: "bucket_sort", or "int32" or "int64" for torch's own sort of such ids."""
+    """The sort of bucket ids: by "bucket_sort", or by torch's stable sort of "int32" or "int64" numbers."""
     n_buckets = math.prod(_config(shape, "paper").factors(shape.length))
     size = (1, shape.heads, shape.n_hashes, shape.length)
     ids = torch.randint(0, n_buckets, size, dtype=torch.int32).to(context.device)

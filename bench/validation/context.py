@@ -1,4 +1,4 @@
-"""What every step is told: where it runs, and whether it is the real thing or a dry run."""
+"""What every step knows of the run: the device, the folder of results, and whether it is a dry run."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Choice = TypeVar("Choice")
 
 @dataclass(frozen=True)
 class Context:
-    """A dry run computes tiny problems in Triton's interpreter on the CPU: it tries the steps, not a GPU."""
+    """A run of the steps. A dry run computes tiny problems in Triton's interpreter on the CPU."""
 
     dry_run: bool
     folder: str
-    """Where results go."""
+    """The folder of results."""
 
     name: str
-    """Of the results' files."""
+    """The name of the files of results, without endings."""
 
     backend: str = "triton"
 
@@ -34,9 +34,11 @@ class Context:
         return torch.device("cpu" if self.dry_run else "cuda")
 
     def pick(self, real: Choice, tiny: Choice) -> Choice:
+        """`tiny` in a dry run, otherwise `real`."""
         return tiny if self.dry_run else real
 
     def synchronize(self) -> None:
+        """Waits for the device."""
         import torch
 
         if not self.dry_run:
@@ -44,11 +46,11 @@ class Context:
 
 
 def attempt(name: str, check: Callable[[], Row]) -> Row:
-    """The row of one check; an error is a row too. A device error ends the process, as nothing can follow."""
+    """The row of one check. An error becomes a row too, which is "fatal" if the device itself failed."""
     start = time.perf_counter()
     try:
         row = {"check": name, "ok": True} | check()
-    except Exception as error:  # whatever a kernel, a compiler or a check raises belongs into the results
+    except Exception as error:  # errors of kernels, compilers and checks all belong into the results
         row = {"check": name, "ok": False, "reason": f"{type(error).__name__}: {error}"[:600]}
         if "CUDA error" in str(error) or "HIP error" in str(error):
             row["fatal"] = True
@@ -56,5 +58,6 @@ def attempt(name: str, check: Callable[[], Row]) -> Row:
 
 
 def attempts(checks: list[tuple[str, Callable[[], Row]]]) -> Iterator[Row]:
+    """The rows of named checks."""
     for name, check in checks:
         yield attempt(name, check)

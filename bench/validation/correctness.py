@@ -1,4 +1,4 @@
-"""Every operation and option on the device against the float64 reference, on the same layouts."""
+"""Checks every operation and option on the device against the float64 reference, on the same layouts."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
+import reformer_kernels.ops.residual.op  # noqa: F401  registers the operators
 from reformer_kernels import Layout, LSHConfig, functional
 from reformer_kernels.testing import TOLERANCE, near_ties, normal, relative_error
 from validation.context import Context, Row, attempts
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 TF32_TOLERANCE = 5e-3
-"""Products of 11-bit numbers, relative to the largest value."""
+"""The largest relative error with TF32, which multiplies 11-bit numbers."""
 
 LOW_PRECISION_RATIO = 2.0
-"""How many times PyTorch's own low-precision error against float64 a kernel's may be."""
+"""How many times as large as PyTorch's own low-precision error a kernel's error against float64 may be."""
 
 PRESETS: dict[str, Callable[..., LSHConfig]] = {
     "paper": LSHConfig.paper,
@@ -30,22 +31,23 @@ PRESETS: dict[str, Callable[..., LSHConfig]] = {
 
 
 def steps(context: Context, shard: int = 0, shards: int = 1, after: int = 0) -> Iterator[Row]:
-    """One row a case. The cases are dealt to `shards` processes in turns; the first `after` are left out."""
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
+    """One row for each case of process `shard` of `shards`, without the first `after` of its cases."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
     yield from attempts(cases(context)[shard::shards][after:])
 
 
 def cases(context: Context) -> list[tuple[str, Callable[[], Row]]]:
-    """The most telling first."""
-    found: dict[str, Callable[[], Row]] = {}
+    """The cases by name, those first that are most likely to fail."""
+    checks: dict[str, Callable[[], Row]] = {}
 
     def add(check: Callable[..., Row], **fields: Any) -> None:
-        said = [str(value).removeprefix("torch.") for value in fields.values()]
-        words = [word if word not in ("True", "False") else None for word in said]
-        names = [
-            w or (f"{n}" if v == "True" else f"not {n}") for w, n, v in zip(words, fields, said, strict=True)
-        ]
-        found[f"{check.__name__} " + " ".join(names)] = partial(check, context, **fields)
+        words = []
+        for name, value in fields.items():
+            if isinstance(value, bool):
+                words.append(name if value else f"not {name}")
+            else:
+                words.append(str(value).removeprefix("torch."))
+        checks[" ".join([check.__name__, *words])] = partial(check, context, **fields)
 
     if context.dry_run:
         add(like_sdpa, dtype=F32, D=16, causal=False)
@@ -53,9 +55,9 @@ def cases(context: Context) -> list[tuple[str, Callable[[], Row]]]:
         add(sort, n_buckets=20, L=70)
         add(attention, preset="paper", causal=True, dtype=F32, D=16, L=37, padding="some", dropout=0.2)
         add(local, causal=False, ring=True, dtype=F32, D=16)
-        return list(found.items())
+        return list(checks.items())
 
-    # A transposed operand that came from an earlier product has been seen to go wrong on Hopper: dK and dV.
+    # dK and dV come first: transposed operands from an earlier product have been reported wrong on Hopper.
     for D, dtype in ((64, BF16), (128, BF16), (64, F16)):
         for causal in (False, True):
             add(like_sdpa, dtype=dtype, D=D, causal=causal)
@@ -88,19 +90,20 @@ def cases(context: Context) -> list[tuple[str, Callable[[], Row]]]:
         add(local, causal=causal, ring=ring, dtype=dtype, D=D)
     add(whole_call, dtype=BF16, D=64)
     add(residual, dtype=BF16)
-    return list(found.items())
+    return list(checks.items())
 
 
 def judged(errors: dict[str, float], limit: float, **more: Any) -> Row:
+    """A row of errors, which is "ok" if the largest of them is within `limit`."""
     worst = max(errors, key=lambda name: errors[name])
     shown = {name: float(f"{error:.3g}") for name, error in errors.items()}
     return {"ok": errors[worst] <= limit, "worst": worst, "limit": limit, **shown, **more}
 
 
 def inputs(context: Context, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
-    """Leaves on the device whose float64 copies hold the same numbers."""
-    made = [normal(*shape, dtype=dtype, seed=n).to(context.device) for n, shape in enumerate(shapes)]
-    return [x.requires_grad_() for x in made]
+    """Leaves of these shapes on the device. `exact` turns them into float64 leaves with the same numbers."""
+    tensors = [normal(*shape, dtype=dtype, seed=n).to(context.device) for n, shape in enumerate(shapes)]
+    return [x.requires_grad_() for x in tensors]
 
 
 def exact(leaves: list[Tensor]) -> list[Tensor]:
@@ -108,13 +111,13 @@ def exact(leaves: list[Tensor]) -> list[Tensor]:
 
 
 def gradients(outputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
-    """Of a random linear form of the outputs, where they are finite."""
+    """Gradients of a random linear form of the outputs, where those are finite."""
     form = torch.zeros((), dtype=torch.float64, device=leaves[0].device)
     for n, out in enumerate(outputs):
         weights = normal(*out.shape, seed=90 + n).to(out.device, out.dtype)
         form = form + (out.masked_fill(~out.isfinite() | (out <= -1e4), 0) * weights).double().sum()
-    found = torch.autograd.grad(form, leaves, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+    grads = torch.autograd.grad(form, leaves, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
 
 
 def errors(names: list[str], ours: list[Tensor], expected: list[Tensor]) -> dict[str, float]:
@@ -122,7 +125,7 @@ def errors(names: list[str], ours: list[Tensor], expected: list[Tensor]) -> dict
 
 
 def like_sdpa(context: Context, *, dtype: torch.dtype, D: int, causal: bool) -> Row:
-    """Full attention (one chunk that holds all) beside torch's own, each against float64."""
+    """Full attention (one chunk that holds all tokens) and torch's own, each against float64."""
     B, H, L = context.pick((2, 4, 128), (1, 1, 20))
     leaves = inputs(context, dtype, *[(B, H, L, D)] * 3)
     names = ["out", "dq", "dk", "dv"]
@@ -139,11 +142,13 @@ def like_sdpa(context: Context, *, dtype: torch.dtype, D: int, causal: bool) -> 
         return [out, *gradients([out], x)]
 
     expected = sdpa(exact(leaves))
-    plain, found = errors(names, sdpa(leaves), expected), errors(names, ours(leaves), expected)
-    ratio = max(found[name] / max(plain[name], 1e-7) for name in names)
-    told = {f"{name}_sdpa": float(f"{error:.3g}") for name, error in plain.items()}
-    row = judged(found, TOLERANCE[dtype], ratio=round(ratio, 2), ratio_limit=LOW_PRECISION_RATIO, **told)
-    # Float32 beside float32 is a matter of the order of addition, so there the tolerance alone decides.
+    sdpa_errors, our_errors = errors(names, sdpa(leaves), expected), errors(names, ours(leaves), expected)
+    ratio = max(our_errors[name] / max(sdpa_errors[name], 1e-7) for name in names)
+    beside = {f"{name}_sdpa": float(f"{error:.3g}") for name, error in sdpa_errors.items()}
+    row = judged(
+        our_errors, TOLERANCE[dtype], ratio=round(ratio, 2), ratio_limit=LOW_PRECISION_RATIO, **beside
+    )
+    # Float32 errors depend on the order of addition, so that only the tolerance decides there.
     return row | {"ok": row["ok"] and (dtype == F32 or ratio <= LOW_PRECISION_RATIO)}
 
 
@@ -163,7 +168,7 @@ def attention(
     tf32: bool = False,
     **fields: int,
 ) -> Row:
-    """out, lse and the gradients of `attend`, on one layout from the float64 reference."""
+    """out, lse and the gradients of `attend`, on a layout from the float64 reference."""
     B, H = 2, heads or context.pick(3, 1)
     config = PRESETS[preset](
         n_hashes=context.pick(3, 2), chunk_length=chunk or context.pick(64, 16), causal=causal, **fields
@@ -197,16 +202,17 @@ def attention(
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
-        found = errors(names, run(leaves, context.backend), expected)
+        measured = errors(names, run(leaves, context.backend), expected)
     finally:
         torch.set_float32_matmul_precision(before)
     plain = errors(names, run(leaves, "reference"), expected)
     return judged(
-        found, TF32_TOLERANCE if tf32 else TOLERANCE[dtype], plain=float(f"{max(plain.values()):.3g}")
+        measured, TF32_TOLERANCE if tf32 else TOLERANCE[dtype], plain=float(f"{max(plain.values()):.3g}")
     )
 
 
 def local(context: Context, *, causal: bool, ring: bool, dtype: torch.dtype, D: int) -> Row:
+    """out, lse and the gradients of `local_attention`, with padding."""
     B, H, L = context.pick((2, 3, 777), (1, 1, 37))
     leaves = inputs(context, dtype, *[(B, H, L, D)] * 3)
     mask = (torch.rand(B, L, generator=torch.Generator().manual_seed(3)) < 0.2).to(context.device)
@@ -230,7 +236,8 @@ def local(context: Context, *, causal: bool, ring: bool, dtype: torch.dtype, D: 
 
 
 def hash_(context: Context, *, dtype: torch.dtype, factors: tuple[int, ...], padding: bool) -> Row:
-    """Ids equal but at ties closer than float32 can tell; non-finite rows and padding included."""
+    """Ids are equal but for ties that float32 cannot tell apart, also for padding and rows that are not
+    finite."""
     B, H, L, D, R = context.pick((2, 4, 3001, 64, 4), (1, 2, 40, 8, 2))
     x = normal(B, H, L, D, dtype=dtype)
     x[0, 0, 3, 2] = float("nan")
@@ -244,7 +251,7 @@ def hash_(context: Context, *, dtype: torch.dtype, factors: tuple[int, ...], pad
 
 
 def sort(context: Context, *, n_buckets: int, L: int) -> Row:
-    """Stable order and bucket starts, exactly: uniform, one huge bucket, sorted, reversed."""
+    """The stable order, exactly, for uniform ids, one huge bucket, sorted ids and reversed ids."""
     segments = context.pick(6, 2)
     ids = torch.randint(0, n_buckets, (4, segments, L), dtype=torch.int32)
     ids[1].masked_fill_(torch.rand(segments, L) < 0.9, n_buckets // 2)
@@ -255,15 +262,15 @@ def sort(context: Context, *, n_buckets: int, L: int) -> Row:
 
 
 def whole_call(context: Context, *, dtype: torch.dtype, D: int) -> Row:
-    """`lsh_attention` is hash, sort and attend of the same numbers, and the same again when called again."""
+    """`lsh_attention` equals `attend` on the layout of `lsh_layout`, and a second call equals the first."""
     B, H, L = context.pick((2, 8, 4096), (1, 1, 40))
     config = LSHConfig.paper(causal=True, n_hashes=4, chunk_length=context.pick(64, 16))
     leaves = inputs(context, dtype, *[(B, H, L, D)] * 2)
     rotations = functional.sample_rotations(config, H, D, 0).to(context.device)
     layout: Layout = functional.lsh_layout(leaves[0], config, rotations=rotations, backend=context.backend)
 
-    def run(**how: Any) -> list[Tensor]:
-        out = functional.lsh_attention(*leaves, config, backend=context.backend, **how)
+    def run(**options: Any) -> list[Tensor]:
+        out = functional.lsh_attention(*leaves, config, backend=context.backend, **options)
         return [out, *gradients([out], leaves)]
 
     first, again, halves = run(rotations=rotations), run(rotations=rotations), run(layout=layout)
@@ -274,9 +281,7 @@ def whole_call(context: Context, *, dtype: torch.dtype, D: int) -> Row:
 
 
 def residual(context: Context, *, dtype: torch.dtype) -> Row:
-    """A fixed-point step adds and takes away exactly."""
-    from reformer_kernels.ops.residual.triton import residual_step
-
+    """A fixed-point step that adds and one that subtracts undo each other exactly."""
     rows, width = context.pick((4096, 1024), (3, 20))
     stream = torch.randint(-(2**28), 2**28, (rows, width), dtype=torch.int32, device=context.device)
     delta = normal(rows, width, dtype=dtype).to(context.device)
@@ -284,5 +289,7 @@ def residual(context: Context, *, dtype: torch.dtype) -> Row:
     flag = torch.zeros(1, dtype=torch.int32, device=context.device)
     before = stream.clone()
     for sign in (1, -1):
-        residual_step(stream, delta, sign, scale, flag, dtype, "layer", None, None, 1e-5)
+        torch.ops.reformer_kernels.triton_residual_step(
+            stream, delta, sign, scale, flag, dtype, "layer", None, None, 1e-5
+        )
     return {"ok": torch.equal(stream, before) and not flag.any()}

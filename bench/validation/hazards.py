@@ -1,4 +1,4 @@
-"""What one right result does not show: races, host synchronisation, calls that no graph can capture."""
+"""Faults that a right result does not show: races, host synchronisation, calls that no graph can capture."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from reformer_kernels import LSHConfig, functional
+from validation.calls import capture
 from validation.context import Context, Row, attempts
 
 
-class Call:
-    """`lsh_attention` forward and backward on tensors that stay where they are, as a graph needs it."""
+class FixedCall:
+    """`lsh_attention` forward and backward on tensors that keep their addresses, as a graph needs them."""
 
     def __init__(self, context: Context, config: LSHConfig, shape: tuple[int, ...], dropout: float) -> None:
         dtype = context.pick(torch.bfloat16, torch.float32)
-        made = [torch.randn(shape, device=context.device).to(dtype) for _ in range(3)]
-        self.leaves = [x.requires_grad_() for x in made[:2]]
-        self.grad_out = made[2].detach()
+        qk, v, self.grad_out = (torch.randn(shape, device=context.device).to(dtype) for _ in range(3))
+        self.leaves = [qk.requires_grad_(), v.requires_grad_()]
         self.rotations = functional.sample_rotations(config, shape[1], shape[3], 0).to(context.device)
         self.seed = torch.zeros(1, dtype=torch.int64, device=context.device)
         self.config, self.dropout, self.backend = config, dropout, context.backend
@@ -36,17 +36,17 @@ class Call:
 
 
 def race_steps(context: Context) -> Iterator[Row]:
-    """The same forward and backward pass, again and again: bitwise equal every time."""
+    """Repeats one forward and backward pass, whose results must be bitwise equal every time."""
 
     def check(config: LSHConfig, dropout: float) -> Row:
-        call = Call(context, config, context.pick((2, 8, 4096, 64), (1, 1, 24, 16)), dropout)
-        times = context.pick(1000, 2)
+        call = FixedCall(context, config, context.pick((2, 8, 4096, 64), (1, 1, 24, 16)), dropout)
+        passes = context.pick(1000, 2)
         first = call()
         different = torch.zeros(len(first), dtype=torch.int64, device=context.device)
-        for _ in range(times):
+        for _ in range(passes):
             different += torch.stack([(a != b).any() for a, b in zip(call(), first, strict=True)])
-        found = dict(zip(("out", "dqk", "dv"), different.tolist(), strict=True))
-        return {"ok": not any(found.values()), "passes": times, "different": found}
+        counts = dict(zip(("out", "dqk", "dv"), different.tolist(), strict=True))
+        return {"ok": not any(counts.values()), "passes": passes, "different": counts}
 
     chunk = context.pick(64, 16)
     paper = LSHConfig.paper(n_hashes=context.pick(4, 2), chunk_length=chunk, causal=True)
@@ -59,17 +59,17 @@ def race_steps(context: Context) -> Iterator[Row]:
 
 
 def capture_steps(context: Context) -> Iterator[Row]:
-    """No call waits for the device, and a CUDA graph of one replays with new numbers in the same tensors."""
+    """No call waits for the device, and a CUDA graph of a call replays on new numbers in its tensors."""
     chunk = context.pick(64, 16)
     config = LSHConfig.paper(n_hashes=2, chunk_length=chunk, causal=True)
     shape = context.pick((2, 8, 4096, 64), (1, 1, 24, 16))
 
     def without_synchronisation() -> Row:
-        call = Call(context, config, shape, 0.1)
+        call = FixedCall(context, config, shape, 0.1)
         call()
         context.synchronize()
         if context.dry_run:
-            return {"skipped": "torch tells of synchronisation on CUDA devices only"}
+            return {"skipped": "torch reports synchronisation on CUDA devices only"}
         torch.cuda.set_sync_debug_mode("error")
         try:
             call()
@@ -78,10 +78,10 @@ def capture_steps(context: Context) -> Iterator[Row]:
         return {}
 
     def captured() -> Row:
-        call = Call(context, config, shape, 0.1)
+        call = FixedCall(context, config, shape, 0.1)
         if context.dry_run:
             call()
-            return {"skipped": "graphs are CUDA's; the call itself ran"}
+            return {"skipped": "only CUDA has graphs; the call itself ran"}
         graph, results = capture(call)
         equal = []
         for seed in (1, 2):
@@ -95,17 +95,3 @@ def capture_steps(context: Context) -> Iterator[Row]:
         return {"ok": all(equal), "replays": 2, "equal": equal}
 
     yield from attempts([("no host synchronisation", without_synchronisation), ("graph", captured)])
-
-
-def capture(call: Call) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-    """Compiled and warm first, on a stream of its own, as capture wants it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-    return graph, results

@@ -1,4 +1,4 @@
-"""The machine, the build, the sanitizer and the test suite's GPU part: programs beside this one."""
+"""The machine, the build, the sanitizer and the GPU tests: steps that run other programs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from reformer_kernels.benchmarks import machine
 from validation.context import Context, Row, attempt
 
 ROOT = Path(__file__).parents[2]
-SANITIZER_PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin")
+SANITIZER_FOLDERS = ("/usr/local/cuda/bin", "/opt/cuda/bin")
 
 
 def environment_steps(context: Context) -> Iterator[Row]:
-    """What is here, as torch and the driver tell it, and which back ends are live."""
+    """The machine as torch and the driver describe it, and the back ends that run on it."""
     from reformer_kernels.cli.info import gather
 
     facts = gather()
@@ -39,20 +39,20 @@ def environment_steps(context: Context) -> Iterator[Row]:
         ("driver", ["nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm,memory.total,power.limit"]),
         ("nvcc", ["nvcc", "--version"]),
     ):
-        yield attempt(name, lambda command=command: _said(command))  # type: ignore[misc]
+        yield attempt(name, lambda command=command: _run_program(command))  # type: ignore[misc]
 
 
-def _said(command: list[str]) -> Row:
+def _run_program(command: list[str]) -> Row:
     if shutil.which(command[0]) is None:
         return {"skipped": f"{command[0]} is not on PATH"}
     if command[0] == "nvidia-smi":
         command = [*command, "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    return {"says": " | ".join(done.stdout.strip().splitlines()[-4:])}
+    return {"output": " | ".join(done.stdout.strip().splitlines()[-4:])}
 
 
 def build_steps(context: Context) -> Iterator[Row]:
-    """The native extension, with CUDA where nvcc is."""
+    """Builds the native extension, with CUDA where nvcc is."""
 
     def build() -> Row:
         if context.dry_run:
@@ -61,20 +61,24 @@ def build_steps(context: Context) -> Iterator[Row]:
             return {"skipped": "a dry run builds nothing", "extension": _native.info()["available"]}
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        said = done.stdout + done.stderr
-        return {"ok": done.returncode == 0, "says": said[-400:] if done.returncode else _cuda_line(said)}
+        output = done.stdout + done.stderr
+        return {
+            "ok": done.returncode == 0,
+            "output": output[-400:] if done.returncode else _cuda_line(output),
+        }
 
     yield attempt("build", build)
 
 
-def _cuda_line(said: str) -> str:
-    lines = [line.strip() for line in said.splitlines() if "CUDA" in line]
+def _cuda_line(output: str) -> str:
+    """The last line that says whether CUDA is in the build."""
+    lines = [line.strip() for line in output.splitlines() if "CUDA" in line]
     return lines[-1] if lines else "built"
 
 
 def sanitizer_steps(context: Context) -> Iterator[Row]:
-    """compute-sanitizer over the CUDA C++ kernels: addresses, races, missing barriers."""
-    tool = shutil.which("compute-sanitizer", path=os.pathsep.join((os.environ["PATH"], *SANITIZER_PLACES)))
+    """Runs the CUDA C++ kernels under compute-sanitizer: addresses, races, missing barriers."""
+    tool = shutil.which("compute-sanitizer", path=os.pathsep.join((os.environ["PATH"], *SANITIZER_FOLDERS)))
     if tool is None:
         yield {
             "check": "compute-sanitizer",
@@ -94,12 +98,14 @@ def _sanitize(context: Context, tool: str, kind: str) -> Row:
     )
     summary = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY.*)", done.stdout)
     ok = done.returncode == 0 and bool(summary)
-    return {"ok": ok, "says": summary[-1] if summary else (done.stdout + done.stderr)[-400:]}
+    return {"ok": ok, "output": summary[-1] if summary else (done.stdout + done.stderr)[-400:]}
 
 
 def sort_under_the_sanitizer() -> None:
-    """The program it runs: sorts of the sizes that take each way through the kernels, and copies. No kernel
-    of torch's, which would be checked as well."""
+    """The program for the sanitizer: sorts of sizes that take each way through the kernels, and copies.
+
+    It runs no kernel of torch's, which the sanitizer would check as well.
+    """
     for n_buckets, L in ((2, 100), (129, 5000), (4097, 20_000), (2**20, 70_000)):
         ids = torch.randint(0, n_buckets, (3, L), dtype=torch.int32)
         order, _ = torch.ops.reformer_kernels.native_bucket_sort(ids.cuda(), n_buckets, n_buckets + 1)
@@ -107,7 +113,7 @@ def sort_under_the_sanitizer() -> None:
 
 
 def pytest_steps(context: Context) -> Iterator[Row]:
-    """The test suite's part that needs a GPU."""
+    """Runs the tests that need a GPU."""
 
     def run() -> Row:
         command = [
@@ -119,9 +125,9 @@ def pytest_steps(context: Context) -> Iterator[Row]:
             "-p",
             "no:cacheprovider",
             "python_tests/gpu/test_gpu.py",
-            *("-k", "not validation"),  # which are steps of their own
+            *("-k", "not validation"),  # the validation cases are steps of their own
         ]
-        # The interpreter of a dry run is not a GPU: there the tests must say why they are skipped.
+        # The interpreter of a dry run is no GPU, so that the tests are skipped there and say why.
         done = subprocess.run(
             command,
             cwd=ROOT,
@@ -133,7 +139,7 @@ def pytest_steps(context: Context) -> Iterator[Row]:
         last = [line for line in done.stdout.splitlines() if line.strip()][-12:]
         return {
             "ok": done.returncode == 0,
-            "says": last[-1] if last and done.returncode == 0 else "\n".join(last),
+            "output": last[-1] if last and done.returncode == 0 else "\n".join(last),
         }
 
     yield attempt("python_tests/gpu/test_gpu.py", run)

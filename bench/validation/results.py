@@ -1,4 +1,4 @@
-"""What a run found so far, written after every row: a JSON file for programs, a Markdown file for people."""
+"""The results of a run so far, written after every row as JSON for programs and as Markdown for people."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from validation.timings import target_rows
 
 SCHEMA = 1
 HIDDEN = ("check", "ok", "fatal")
-"""Fields of a row that have columns of their own."""
+"""Fields of a row that do not become further columns of a table."""
 
 
 @dataclass
 class StepResult:
+    """What a step is `about`, how it ended and the rows that it gave."""
+
     about: str
     status: str = "not run"
-    """"not run", "running", "done", "cut short" (out of time), "failed" (its process died)."""
+    """One of "not run", "running", "done", "cut short" (out of time) and "failed" (its process died)."""
+
     seconds: float = 0.0
     reason: str = ""
     rows: list[Row] = field(default_factory=list)
@@ -37,7 +40,7 @@ class StepResult:
 
 @dataclass
 class Results:
-    """Of one run; `path` without its ending."""
+    """The results of one run. `path` is that of its files, without their endings."""
 
     path: Path
     dry_run: bool
@@ -46,7 +49,7 @@ class Results:
     started: str = field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat())
 
     def timed_rows(self) -> list[Row]:
-        """Of the swept tiles where there are any, else of the shipped ones."""
+        """The headline rows, first those with swept tiles, then those with the tiles of the package."""
         return [row for name in ("headline, swept", "headline") for row in self._rows(name)]
 
     def _rows(self, name: str) -> list[Row]:
@@ -86,7 +89,7 @@ class Results:
                 for n, s in self.steps.items()
             ],
         )
-        lines += ["## Targets", "", "Of an H100: bf16, heads of 64, chunk 64.", ""]
+        lines += ["## Targets", "", "For an H100: bf16, D = 64, chunk 64.", ""]
         lines += _rows_table(list(target_rows(self.timed_rows(), self.dry_run)))
         for name, step in self.steps.items():
             lines += [f"## {name[0].upper()}{name[1:]}", ""]

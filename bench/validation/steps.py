@@ -1,6 +1,7 @@
 """The steps in order, and the program that runs one of them: `python -m validation.steps FUNCTION ...`.
 
-It writes each row as a line "ROW {...}" on standard output as soon as there is one, and "END" after the last.
+The program writes each row to standard output as soon as there is one, as a line "ROW {...}", and "END" after
+the last one.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from typing import Any
 from validation.context import Context, Row
 
 DEVICE_ERROR = 3
-"""Exit code of a step's process that its device failed: no later case could run in it."""
+"""The exit code of a step's process whose device failed, so that no further case could run in it."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """`function` is "module.name" of a generator of rows. `seconds`: the most that it may take.
+    """A step: `function` is the "module.name" of a generator of rows, `seconds` the most that it may take.
 
-    `shards`: processes that share its cases; a process that dies is started again after the case that killed
-    it. Steps of one process end with their process.
+    Several processes (`shards`) share the cases of some steps. One that dies is started again after the case
+    that killed it. A step of one process ends with it.
     """
 
     name: str
@@ -35,35 +36,36 @@ class Step:
 
 
 def rows_of(function: str, context: Context, **share: int) -> Iterator[Row]:
-    """The rows of a step's function, all of them or a process's share."""
+    """The rows of a step's function: all of them, or the `share` of a process."""
     module, _, name = function.rpartition(".")
     generator: Callable[..., Iterator[Row]] = getattr(importlib.import_module(module), name)
     return generator(context, **share)
 
 
 STEPS = (
-    Step("environment", "what is here", "validation.machine_steps.environment_steps", 60),
+    Step("environment", "the machine", "validation.machine_steps.environment_steps", 60),
     Step("build", "the native extension", "validation.machine_steps.build_steps", 150),
     Step("correctness", "against the float64 reference", "validation.correctness.steps", 110, shards=8),
-    Step("race", "identical passes, bitwise", "validation.hazards.race_steps", 30),
+    Step("race", "repeated passes, bitwise equal", "validation.hazards.race_steps", 30),
     Step("capture", "CUDA graphs and host synchronisation", "validation.hazards.capture_steps", 30),
-    Step("rates", "the machine's own copy and product", "validation.timings.rates_steps", 20),
-    Step("headline", "times of the targets' shapes", "validation.timings.headline_steps", 60),
+    Step("rates", "the machine's copies and matrix products", "validation.timings.rates_steps", 20),
+    Step("headline", "times of the shapes that targets are for", "validation.timings.headline_steps", 60),
     Step(
         "sanitizer", "compute-sanitizer over the CUDA kernels", "validation.machine_steps.sanitizer_steps", 60
     ),
-    Step("tests", "the test suite's GPU part", "validation.machine_steps.pytest_steps", 90),
+    Step("tests", "the tests that need a GPU", "validation.machine_steps.pytest_steps", 90),
     Step("sweep compile", "candidate tiles, compiled", "validation.sweep.warm_steps", 80, shards=8),
     Step("sweep", "candidate tiles, timed", "validation.sweep.sweep_steps", 60),
     Step(
         "headline, swept",
-        "the targets' shapes with the quickest tiles",
+        "the same with the fastest tiles",
         "validation.timings.headline_steps",
         60,
     ),
     Step("other times", "other rules, dtypes and sizes", "validation.timings.other_steps", 60),
 )
-"""Most important first; the limits add up to more than there is, as few steps need theirs."""
+"""The most important step comes first. The limits add up to more than the whole budget, as few steps need
+theirs."""
 
 
 def main() -> None:
@@ -72,11 +74,11 @@ def main() -> None:
     parser.add_argument("--context", type=json.loads, required=True)
     for name, default in (("--shard", 0), ("--shards", 1), ("--after", 0)):
         parser.add_argument(name, type=int, default=default)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     share: dict[str, Any] = {}
-    if given.shards > 1 or given.after:
-        share = {"shard": given.shard, "shards": given.shards, "after": given.after}
-    for row in rows_of(given.function, Context(**given.context), **share):
+    if arguments.shards > 1 or arguments.after:
+        share = {"shard": arguments.shard, "shards": arguments.shards, "after": arguments.after}
+    for row in rows_of(arguments.function, Context(**arguments.context), **share):
         print("ROW " + json.dumps(row), flush=True)
         if row.get("fatal"):
             sys.exit(DEVICE_ERROR)

@@ -1,4 +1,4 @@
-"""Measures tiles around the present ones and writes the quickest as a file for REFORMER_TILES."""
+"""Times tiles around the present ones and writes the fastest into a file for REFORMER_TILES."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ import torch
 from torch import Tensor
 
 from reformer_kernels.gpu import tiles
+from reformer_kernels.gpu.architectures import architecture_of
 from reformer_kernels.gpu.tile_search import kernels_of, neighbours
-from reformer_kernels.gpu.tiles import Tile, TileRow, architecture_of
+from reformer_kernels.gpu.tiles import Tile, TileRow
 from reformer_kernels.testing import TOLERANCE, relative_error
 from validation import calls
 from validation.calls import BOTH, FORWARD, Call, shape_of
 from validation.context import Context, Row, attempt
-from validation.timings import quickest, time_call
+from validation.timings import fastest_us, time_call
 
 MARGIN = 0.98
-"""A tile replaces the present one where it takes less than this share of its time."""
+"""A tile replaces the best one so far if it takes less than this share of its time."""
 
 Key = tuple[str, int, int]
-"""Kernel, bits, head size."""
+"""Kernel, bits, head dimension."""
 
 
 def title(key: Key) -> str:
@@ -37,7 +38,7 @@ def tiles_file(context: Context) -> Path:
 
 
 def keys(context: Context) -> list[Key]:
-    """The most used first."""
+    """The rows of the table that are swept, the most used first."""
     if context.dry_run:
         return [("attention_forward", 32, 16)]
     architecture = architecture_of(context.device)
@@ -49,31 +50,31 @@ def keys(context: Context) -> list[Key]:
 
 
 def candidates(context: Context, key: Key) -> list[Tile]:
-    """The present tile, then those that differ from it in one field."""
+    """The present tile, then the tiles that differ from it in one field."""
     kernel, bits, head_dim = key
     present = tiles.tile(kernel, architecture=architecture_of(context.device), bits=bits, head_dim=head_dim)
-    found = [present, *neighbours(present, head_dim)]
-    return found[: context.pick(len(found), 2)]
+    tried = [present, *neighbours(present, head_dim)]
+    return tried[: context.pick(len(tried), 2)]
 
 
 def warm_steps(context: Context, shard: int = 0, shards: int = 1, after: int = 0) -> Iterator[Row]:
-    """Compiles every candidate, several processes at once, so that the sweep itself only runs them."""
+    """Compiles every candidate in several processes, so that the sweep itself only runs them."""
     every = [(key, tile) for key in keys(context) for tile in candidates(context, key)]
     for key, tile in every[shard::shards][after:]:
-        row = attempt(f"{title(key)}: {short(tile)}", partial(_run_once, context, key, tile))
+        row = attempt(f"{title(key)}: {tile}", partial(_run_once, context, key, tile))
         if row["ok"] is False and not row.get("fatal"):
-            row |= {"ok": True, "refused": row.pop("reason")}  # too large for this chip, say: no candidate
+            row |= {"ok": True, "refused": row.pop("reason")}  # such as a tile too large for this chip
         yield row
 
 
 def sweep_steps(context: Context) -> Iterator[Row]:
-    """Times the candidates of each key; the file grows with every key done."""
+    """Times the candidates of each key, and writes the file again after each key."""
     chosen: list[TileRow] = []
     for key in keys(context):
         best: tuple[float, Tile] | None = None
         expected: Any = None
         for tile in candidates(context, key):
-            row = attempt(f"{title(key)}: {short(tile)}", partial(_measure, context, key, tile, expected))
+            row = attempt(f"{title(key)}: {tile}", partial(_measure, context, key, tile, expected))
             expected = expected or row.pop("_results", None)
             row.pop("_results", None)
             if row["ok"] and "us" in row and (best is None or row["us"] < MARGIN * best[0]):
@@ -86,7 +87,7 @@ def sweep_steps(context: Context) -> Iterator[Row]:
             size = tiles.padded_head_dim(head_dim)
             chosen.append(TileRow(kernel, architecture_of(context.device), bits, size, best[1]))
             tiles.write_tiles(tiles_file(context), chosen, made_by="measured by bench/validate_gpu.py")
-            yield {"check": f"{title(key)}: chosen", "ok": True, "tile": short(best[1]), "us": best[0]}
+            yield {"check": f"{title(key)}: chosen", "ok": True, "tile": str(best[1]), "us": best[0]}
 
 
 def _call(context: Context, key: Key) -> Call:
@@ -99,7 +100,7 @@ def _call(context: Context, key: Key) -> Call:
 
 
 def _with_tile(context: Context, key: Key, tile: Tile, folder: str) -> None:
-    """From here on the kernel of `key` takes `tile`."""
+    """Makes the kernel of `key` take `tile` from now on."""
     kernel, bits, head_dim = key
     row = TileRow(kernel, architecture_of(context.device), bits, tiles.padded_head_dim(head_dim), tile)
     file = Path(folder) / "tiles.json"
@@ -119,7 +120,7 @@ def _run_once(context: Context, key: Key, tile: Tile) -> Row:
 
 
 def _measure(context: Context, key: Key, tile: Tile, expected: Any) -> Row:
-    """The time with this tile, whose results must be those of the first to within the dtype's tolerance."""
+    """The time with this tile. Its results must be those of the first tile, within the dtype's tolerance."""
     with tempfile.TemporaryDirectory() as folder:
         _with_tile(context, key, tile, folder)
         try:
@@ -128,17 +129,17 @@ def _measure(context: Context, key: Key, tile: Tile, expected: Any) -> Row:
             spreads = time_call(context, call, budget=0.1, most=10)
         finally:
             del os.environ[tiles.OVERRIDE_VARIABLE]
-    row = {"us": quickest({f"{way}_us": round(1e6 * s.median, 2) for way, s in spreads.items()})}
-    found = results if isinstance(results, tuple) else (results,)
+    row = {"us": fastest_us({f"{way}_us": round(1e6 * s.median, 2) for way, s in spreads.items()})}
+    tensors = results if isinstance(results, tuple) else (results,)
     if expected is None:
-        return row | {"_results": found}
-    wrong = [reason for a, b in zip(found, expected, strict=True) if (reason := _differ(a, b))]
+        return row | {"_results": tensors}
+    wrong = [reason for a, b in zip(tensors, expected, strict=True) if (reason := _differ(a, b))]
     return row | {"ok": False, "wrong": wrong[0]} if wrong else row
 
 
 def _differ(ours: Tensor, expected: Tensor) -> str:
-    """How two results differ by more than their dtype allows; "" where they do not."""
-    if not ours.is_floating_point():  # bucket ids, of which a few near-ties may go either way
+    """How two results differ by more than their dtype allows, "" where they do not."""
+    if not ours.is_floating_point():  # bucket ids, where near-ties may differ
         share = float((ours != expected).double().mean())
         return f"{share:.3g} of the ids differ" if share > 1e-3 else ""
     try:
@@ -146,7 +147,3 @@ def _differ(ours: Tensor, expected: Tensor) -> str:
     except AssertionError as reason:
         return str(reason)
     return f"{error:.3g} times the tolerance away" if error > 1 else ""
-
-
-def short(tile: Tile) -> str:
-    return f"{tile.rows}x{tile.keys}x{tile.dims} w{tile.warps} s{tile.stages}"

@@ -1,4 +1,4 @@
-"""Times of every operation, beside SDPA's back ends, torch.sort, the model's floor and the targets."""
+"""Times of every operation, beside SDPA's back ends, torch.sort, the predicted floors and the targets."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from reformer_kernels.benchmarks.machine import RateMeter
 from reformer_kernels.benchmarks.peers import FULL_ATTENTION, PeerRefusesError
 from reformer_kernels.benchmarks.timing import Spread, between, interleave, mark
 from reformer_kernels.gpu import cost_model
+from reformer_kernels.gpu.architectures import Rates
 from reformer_kernels.gpu.cost_model import Shape
 from validation import calls
 from validation.calls import BOTH, FORWARD, Call, shape_of
 from validation.context import Context, Row, attempt
 
 FLUSH_BYTES = 2**28
-"""Written before each timed call, so that its tensors are not in the second-level cache."""
+"""How much is written before each timed call, so that its tensors are not in the second-level cache."""
 
 
 def rates_steps(context: Context) -> Iterator[Row]:
-    """What the machine copies and multiplies at most: every floor is set against these."""
+    """What the machine copies and multiplies at most. Every floor is computed from these rates."""
     for dtype in context.pick((torch.bfloat16, torch.float32), (torch.float32,)):
         yield attempt(str(dtype).removeprefix("torch."), partial(_measure_rates, context, dtype))
 
@@ -37,11 +38,11 @@ def _measure_rates(context: Context, dtype: torch.dtype) -> Row:
     return dataclasses.asdict(meter.rates())
 
 
-def measured_rates(context: Context) -> cost_model.Rates:
-    """The rates of this machine as the model takes them."""
+def measured_rates(context: Context) -> Rates:
+    """The rates of this machine, as the cost model takes them."""
     wide = _measure_rates(context, torch.float32)
     narrow = wide if context.dry_run else _measure_rates(context, torch.bfloat16)
-    return cost_model.Rates(
+    return Rates(
         device=str(context.device),
         copy=narrow["copy_gbs"] * 1e9,
         matmul_16_bit=narrow["matmul_gflops"] * 1e9,
@@ -51,13 +52,16 @@ def measured_rates(context: Context) -> cost_model.Rates:
 
 
 def time_call(context: Context, call: Call, *, budget: float = 0.3, most: int = 30) -> dict[str, Spread]:
-    """Seconds of one call: "eager" as Python makes it, and "graph", replayed from a CUDA graph."""
+    """Seconds of one call: "eager", as Python makes it, and "graph", replayed from a CUDA graph.
+
+    A call is repeated for `budget` seconds, at most `most` times.
+    """
     ways: dict[str, Call] = {"eager": call}
     call()
     if not context.dry_run:
         ways["graph"] = _captured(call)
     flush = torch.empty(context.pick(FLUSH_BYTES, 1024), dtype=torch.uint8, device=context.device)
-    found = {}
+    spreads = {}
     for way, run in ways.items():
         context.synchronize()
         samples, start = [], perf_counter()
@@ -69,30 +73,24 @@ def time_call(context: Context, call: Call, *, budget: float = 0.3, most: int = 
             samples.append(seconds() if callable(seconds) else seconds)
             if context.dry_run:
                 break
-        found[way] = Spread.of(samples)
-    return found
+        spreads[way] = Spread.of(samples)
+    return spreads
 
 
 def _captured(call: Call) -> Call:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = call()
+    """A call that replays a CUDA graph of `call`."""
+    graph, results = calls.capture(call)
 
     def replay() -> Any:
         graph.replay()
-        return kept
+        return results  # held here, so that nothing else uses their memory
 
     return replay
 
 
 class Timer:
-    """Makes rows of calls: their times, the model's floor at this machine's rates, and how far above."""
+    """Makes rows of calls: their times, the predicted floor at this machine's rates, and the ratio of the
+    two."""
 
     def __init__(self, context: Context) -> None:
         self.context, self.rates = context, measured_rates(context)
@@ -100,13 +98,13 @@ class Timer:
     def row(
         self, name: str, make: Callable[[], Call], floors: Sequence[str], shape: Shape, **about: Any
     ) -> Row:
-        """`make` prepares the call; its floor is the sum of those of the model's operations `floors`."""
+        """The row of the call that `make` prepares. Its floor is the sum of those of its operations."""
         return attempt(name, partial(self._time, make, floors, shape, about))
 
     def _time(self, make: Callable[[], Call], floors: Sequence[str], shape: Shape, about: Row) -> Row:
         try:
             call = make()
-        except PeerRefusesError as reason:  # no fault of ours
+        except PeerRefusesError as reason:  # which is no failure of this package
             return about | {"skipped": str(reason)}
         row = dataclasses.asdict(shape) | about
         for way, spread in time_call(self.context, call).items():
@@ -116,17 +114,18 @@ class Timer:
         if floors:
             floor = 1e6 * sum(cost_model.floor(name, shape, self.rates).seconds for name in floors)
             row["floor_us_predicted"] = round(floor, 2)
-            row["above_floor"] = round(quickest(row) / floor, 3)
+            row["above_floor"] = round(fastest_us(row) / floor, 3)
         return row
 
     def attention(self, shape: Shape, phase: str, preset: str = "paper") -> Row:
+        """The row of the attention kernels alone."""
         floors = ["attention_forward"] + ["attention_backward"] * (phase == BOTH)
         name = f"attend {preset} {phase} L={shape.length} D={shape.head_dim} R={shape.n_hashes}"
         make = partial(calls.attend, self.context, shape, phase, preset)
         return self.row(name, make, floors, shape, operation="attend", preset=preset, phase=phase)
 
     def whole_call(self, shape: Shape, phase: str) -> Iterator[Row]:
-        """`lsh_attention`, and dense attention by each of SDPA's back ends, of the same shape."""
+        """Rows of `lsh_attention` and of dense attention by each of SDPA's back ends, in the same shape."""
         floors = ["hash", "sort", "attention_forward"] + ["attention_backward"] * (phase == BOTH)
         about = {"phase": phase}
         make = partial(calls.lsh_attention, self.context, shape, phase)
@@ -137,6 +136,7 @@ class Timer:
             yield self.row(f"{peer} {title}", make, (), shape, operation=peer, **about)
 
     def hash_and_sort(self, shape: Shape) -> Iterator[Row]:
+        """Rows of hashing, of `bucket_sort` and of torch's stable sorts."""
         title = f"L={shape.length} D={shape.head_dim} R={shape.n_hashes}"
         make = partial(calls.lsh_hash, self.context, shape)
         yield self.row(f"lsh_hash {title}", make, ("hash",), shape, operation="lsh_hash")
@@ -149,13 +149,14 @@ class Timer:
             yield self.row(f"{name} {title}", make, ("sort",), shape, operation=name)
 
 
-def quickest(row: Row) -> float:
-    """Microseconds of the quicker way of a timed row."""
+def fastest_us(row: Row) -> float:
+    """Microseconds of the faster way, eager or graph, of a timed row."""
     return min(row[way] for way in ("graph_us", "eager_us") if way in row)
 
 
 def headline_steps(context: Context) -> Iterator[Row]:
-    """The targets' own shapes: attention alone, hash and sort, then the whole call against SDPA by length."""
+    """The shapes that targets are for: attention alone, hash and sort, then the whole call and SDPA by
+    length."""
     timer = Timer(context)
     for n_hashes in context.pick((4, 1), (2,)):
         for phase in (FORWARD, BOTH):
@@ -166,7 +167,7 @@ def headline_steps(context: Context) -> Iterator[Row]:
 
 
 def other_steps(context: Context) -> Iterator[Row]:
-    """Other rules, dtypes, head sizes, chunk lengths, and a million tokens."""
+    """Other rules, dtypes, head dimensions, chunk lengths, and a million tokens."""
     timer = Timer(context)
     for phase in (FORWARD, BOTH):
         shape = shape_of(context)
@@ -186,7 +187,7 @@ def other_steps(context: Context) -> Iterator[Row]:
 
 
 def target_rows(rows: Sequence[Row], dry_run: bool) -> Iterator[Row]:
-    """The targets for an H100 (bf16, D = 64, chunk 64) beside what was measured. A dry run meets none."""
+    """The targets for an H100 (bf16, D = 64, chunk 64) and what was measured. A dry run meets none."""
     timed = [row for row in rows if "eager_us" in row]
 
     def find(operation: str, **fields: Any) -> Row | None:
@@ -195,8 +196,10 @@ def target_rows(rows: Sequence[Row], dry_run: bool) -> Iterator[Row]:
                 return row
         return None
 
-    def ratio(of: Row | None, to: Row | None) -> float | None:
-        return None if of is None or to is None else quickest(of) / quickest(to)
+    def ratio(numerator: Row | None, denominator: Row | None) -> float | None:
+        if numerator is None or denominator is None:
+            return None
+        return fastest_us(numerator) / fastest_us(denominator)
 
     def row(target: str, value: float | None, met: Callable[[float], bool]) -> Row:
         if value is None:
@@ -207,21 +210,21 @@ def target_rows(rows: Sequence[Row], dry_run: bool) -> Iterator[Row]:
 
     for rounds in (1, 4):
         for phase in (FORWARD, BOTH):
-            found = find("attend", n_hashes=rounds, phase=phase, preset="paper")
+            timing = find("attend", n_hashes=rounds, phase=phase, preset="paper")
             title = f"attention {phase}, {rounds} rounds: at most 1.33 times the floor"
-            yield row(title, found and found["above_floor"], lambda value: value <= 1.33)
+            yield row(title, timing and timing["above_floor"], lambda value: value <= 1.33)
 
     def speedup(length: int) -> float | None:
         fields = {"length": length, "phase": BOTH}
         return ratio(find("SDPA flash", **fields), find("lsh_attention", **fields))
 
     lengths = sorted({r["length"] for r in timed if r["operation"] == "lsh_attention" and r["phase"] == BOTH})
-    known = {length: value for length in lengths if (value := speedup(length)) is not None}
-    ahead = [length for length, value in known.items() if value > 1]
-    first = (ahead or [float("inf")])[0] if known else None
-    yield row("shortest L ahead of SDPA flash, 4 rounds: at most 3072", first, lambda value: value <= 3072)
-    yield row("SDPA flash at 65536 tokens: at least 20 times as long", known.get(65536), lambda v: v >= 20)
+    speedups = {length: value for length in lengths if (value := speedup(length)) is not None}
+    ahead = [length for length, value in speedups.items() if value > 1]
+    shortest = (ahead or [float("inf")])[0] if speedups else None
+    yield row("shortest L ahead of SDPA flash, 4 rounds: at most 3072", shortest, lambda value: value <= 3072)
+    yield row("SDPA flash at 65536 tokens: at least 20 times as long", speedups.get(65536), lambda v: v >= 20)
     radix = ratio(find("torch.sort int32 stable"), find("bucket_sort"))
     yield row("torch.sort (a radix sort): at least twice as long", radix, lambda value: value >= 2)
-    found = find("lsh_hash")
-    yield row("hash: at most 1/0.6 of its floor", found and found["above_floor"], lambda v: v <= 1 / 0.6)
+    hashing = find("lsh_hash")
+    yield row("hash: at most 1/0.6 of its floor", hashing and hashing["above_floor"], lambda v: v <= 1 / 0.6)

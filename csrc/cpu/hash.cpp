@@ -1,30 +1,31 @@
-// LSH hashing: bucket = argmax([xR; -xR]), one product for each factor of the number of buckets.
+// LSH hashing: bucket = argmax([xR; -xR]). With several factors of the number of buckets, each has its own R
+// and argmax, and bucket = argmax_0 + factor_0 (argmax_1 + factor_1 (...)).
 //
-// A block of kTokens tokens is transposed to a panel [D][kTokens]; kColumns rotation columns at a time are
-// multiplied with it, and each token keeps only its running maximum and minimum: no [L, n_buckets] tensor
-// exists. A dot product is one chain of additions over d = 0, 1, ..., whatever the token's place in the
-// block, the batch or the threads, so a token's bucket depends on nothing but its own row.
-#include "convert.h"
+// A block of kTokens tokens is transposed to a panel [D][kTokens]. Rotation columns are multiplied with it
+// kColumns at a time, and each token keeps only its running maximum and minimum, so no [L, n_buckets] array
+// exists. A dot product is one chain of additions over d = 0, 1, ..., wherever the token lies in the block or
+// the batch, so a token's bucket depends only on its own row.
+#include "simd/elements.h"
 #include "variants.h"
 
 namespace REFORMER_ISA_NAMESPACE {
 namespace {
 
-// kVectors * kColumns accumulators, kVectors panel vectors and a broadcast fill the 16 (AVX-512: 32)
-// registers.
+// kVectors * kColumns accumulators, kVectors vectors of the panel and one broadcast value fill the 16 vector
+// registers (32 with AVX-512).
 constexpr int kVectors = 3;
 constexpr int kColumns = kLanes == 16 ? 8 : 4;
 constexpr int kTokens = kVectors * kLanes;
 
-// The rotations of one (head, round, factor) as groups of kColumns columns: [groups][D][kColumns], zeros
-// after the last column.
+// The rotations of one (head, round, factor) are packed as groups of kColumns columns, [groups][D][kColumns],
+// with zeros after the last column.
 int64_t groups_of(int32_t factor) { return (factor / 2 + kColumns - 1) / kColumns; }
 
 struct Plan {
-  int64_t groups = 0;  // of one round
-  int32_t buckets = 1;
+  int64_t groups = 0;                     // groups of columns in one round
+  int32_t buckets = 1;                    // without the one for padding
   int64_t group_size = 0, head_size = 0;  // in floats
-  int64_t blocks = 0;                     // of one (b, h)
+  int64_t blocks = 0;                     // blocks of tokens in one (b, h)
 };
 
 Plan plan_of(const HashParams& p) {
@@ -39,6 +40,7 @@ Plan plan_of(const HashParams& p) {
   return plan;
 }
 
+// Packs the rotations of one head and round.
 void pack_round(const HashParams& p, const Plan& plan, int64_t head, int64_t round, float* packed) {
   float* out = packed + head * plan.head_size + round * plan.groups * plan.group_size;
   const float* in = p.rotations + (head * p.D * p.R + round) * p.rotation_width;
@@ -55,14 +57,15 @@ void pack_round(const HashParams& p, const Plan& plan, int64_t head, int64_t rou
   }
 }
 
-// What a block of tokens knows of one factor's columns so far, and of one round.
+// For each token of a block, the extreme projections on the columns of one factor so far.
 struct Extremes {
   vfloat high[kVectors], low[kVectors];
   vint argmax[kVectors], argmin[kVectors];
 };
 
-// One group of columns, of which the first `columns` count, into the extremes. `not_finite` becomes NaN where
-// a projection is not finite.
+// Projects a block on one group of columns and updates the extremes. The group's first column has number
+// `first`, and only its first `columns` columns count. `not_finite` becomes NaN where a projection is not
+// finite.
 REFORMER_INLINE void add_group(const float* panel, const float* rotation, int64_t D, int32_t first,
                                int64_t columns, Extremes& best, vfloat* not_finite) {
   vfloat dot[kColumns][kVectors] = {};
@@ -79,35 +82,33 @@ REFORMER_INLINE void add_group(const float* panel, const float* rotation, int64_
   }
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) {
-    vfloat high = best.high[v], low = best.low[v], bad = not_finite[v];
+    vfloat high = best.high[v], low = best.low[v], invalid = not_finite[v];
     vint argmax = best.argmax[v], argmin = best.argmin[v];
 #pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) {
       if (c >= columns) break;
       const vfloat y = dot[c][v];
       const vint column = splat(first + c);
-      // Strictly better, so that ties stay with the lowest column.
+      // The comparisons are strict, so that the lowest column wins a tie.
       argmax = y > high ? column : argmax;
       high = y > high ? y : high;
       argmin = y < low ? column : argmin;
       low = y < low ? y : low;
-      bad += y * 0.0f;
+      invalid += y * 0.0f;
     }
-    best.high[v] = high, best.low[v] = low, not_finite[v] = bad;
+    best.high[v] = high, best.low[v] = low, not_finite[v] = invalid;
     best.argmax[v] = argmax, best.argmin[v] = argmin;
   }
 }
 
-constexpr bool is_float(const void*) { return false; }
-constexpr bool is_float(const float*) { return true; }
-
-// x rows [first, first + rows) to panel[d][token], zeros after the last row. `staging` holds kLanes rows.
+// Transposes `rows` rows of x to panel[d][token], with zeros after the last row. `staging` is scratch for
+// kLanes rows.
 template <typename T>
 REFORMER_INLINE void fill_panel(const T* x, int64_t row_stride, int64_t rows, int64_t D, float* staging,
                                 float* panel) {
   const int64_t padded = round_up(D, kLanes);
   for (int64_t first = 0; first < kTokens; first += kLanes) {
-    if constexpr (is_float(static_cast<T*>(nullptr))) {
+    if constexpr (kIsFloat<T>) {
       if (first + kLanes <= rows) {
         transpose_lanes(x + first * row_stride, row_stride, D, panel + first, kTokens);
         continue;
@@ -120,14 +121,16 @@ REFORMER_INLINE void fill_panel(const T* x, int64_t row_stride, int64_t rows, in
     transpose_lanes(staging, padded, D, panel + first, kTokens);
   }
 }
-// Buckets of `rows` tokens, in every round. `packed` are the rotations of their head, `out` the first token's
-// bucket in round 0, and of each token `padding` is null or says whether it is padding.
+
+// Writes the buckets of `rows` tokens in every round. `packed` holds the rotations of their head, `out`
+// points to the first token's bucket in round 0, and `padding` is null or non-zero for each token that is
+// padding.
 void hash_block(const HashParams& p, const Plan& plan, const float* panel, const float* packed, int64_t rows,
                 const uint8_t* padding, int32_t* out) {
   for (int64_t round = 0; round < p.R; ++round) {
     vint id[kVectors] = {};
     vfloat not_finite[kVectors] = {};
-    int32_t unit = 1;
+    int32_t multiplier = 1;
     for (int32_t f = 0; f < p.n_factors; ++f) {
       const int32_t half = p.factors[f] / 2;
       Extremes best;
@@ -138,8 +141,8 @@ void hash_block(const HashParams& p, const Plan& plan, const float* panel, const
       for (int32_t first = 0; first < half; first += kColumns, packed += plan.group_size)
         add_group(panel, packed, p.D, first, half - first, best, not_finite);
       for (int v = 0; v < kVectors; ++v)
-        id[v] += unit * (best.high[v] >= -best.low[v] ? best.argmax[v] : half + best.argmin[v]);
-      unit *= p.factors[f];
+        id[v] += multiplier * (best.high[v] >= -best.low[v] ? best.argmax[v] : half + best.argmin[v]);
+      multiplier *= p.factors[f];
     }
     int32_t ids[kTokens];
     for (int v = 0; v < kVectors; ++v) {

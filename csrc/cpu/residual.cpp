@@ -1,18 +1,20 @@
-// One step of a residual stream in a single pass: stream += sign * delta, and what the next module reads.
+// One step of a residual stream in a single pass over memory: stream += sign * delta, then the stream's value
+// in the next module's dtype, and its normalisation.
 //
-// Fixed-point streams are int32 multiples of 1 / scale: the step is round(delta * scale), to nearest even,
-// and the sum wraps around, so that a step with the other sign undoes it exactly. Each block of elements
-// stays in the cache while it is added, converted and normalised. A row's sums have a fixed order, so results
-// do not depend on the number of threads.
-#include "convert.h"
+// A fixed-point stream holds int32 multiples of 1 / scale. Its step is round(delta * scale), ties to even,
+// and the sum wraps around, so a step with the other sign undoes it exactly. Each block of elements stays in
+// the cache while it is added, converted and normalised. The sums of a row are added in a fixed order, so
+// results do not depend on the number of threads.
+#include "simd/elements.h"
 #include "variants.h"
 
 namespace REFORMER_ISA_NAMESPACE {
 namespace {
 
-constexpr int64_t kBlock = 2048;              // elements at a time where rows do not matter
-constexpr int64_t kSharedElements = 1 << 15;  // fewer are not worth a second thread
+constexpr int64_t kBlock = 2048;              // elements per block where nothing is normalised
+constexpr int64_t kSharedElements = 1 << 15;  // fewer elements are not worth a second thread
 
+// Calls visit with `data`, cast to the type that `dtype` names and advanced by `offset` elements.
 template <typename Visit>
 REFORMER_INLINE void with_dtype(DType dtype, void* data, int64_t offset, Visit visit) {
   switch (dtype) {
@@ -36,7 +38,7 @@ REFORMER_INLINE vfloat magnitude_of(vfloat x) {
   return x;
 }
 
-// To the nearest integer, ties to even: below 2^23 the addition rounds, and above it all floats are integers.
+// Rounds to the nearest integer, ties to even. Below 2^23 the addition does it; above, floats are integers.
 REFORMER_INLINE vfloat round_even(vfloat x) {
   const vfloat magnitude = magnitude_of(x);
   const vfloat rounded = (magnitude + 0x1p23f) - 0x1p23f;
@@ -44,23 +46,24 @@ REFORMER_INLINE vfloat round_even(vfloat x) {
   return select(x < 0.0f, -whole, whole);
 }
 
-// s += round(delta * factor) on kLanes elements; bad collects, in its sign bits, sums that wrapped around and
-// deltas that have no int32 (these count as 0).
-REFORMER_INLINE vint add_fixed(vint s, vfloat delta, float factor, vint& bad) {
+// Returns s + round(delta * factor) for kLanes elements. The sign bits of `invalid` collect where the sum
+// wrapped around, or where the rounded delta does not fit in int32; it then counts as 0.
+REFORMER_INLINE vint add_fixed(vint s, vfloat delta, float factor, vint& invalid) {
   const vfloat scaled = round_even(delta * factor);
   const vint representable = magnitude_of(scaled) < 0x1p31f;  // false for NaN
   const vint step = __builtin_convertvector(select(representable, scaled, vfloat{}), vint);
   const vint sum = (vint)((vuint)s + (vuint)step);
-  bad |= ((s ^ sum) & (step ^ sum)) | ~representable;
+  invalid |= ((s ^ sum) & (step ^ sum)) | ~representable;
   return sum;
 }
 
-// values = the stream's values after the step, in float32.
+// Steps n elements of a fixed-point stream; `values` receives its values after the step in float32. `delta`
+// may be null: the stream then stays as it is.
 REFORMER_INLINE void step_fixed(int32_t* stream, const float* delta, int64_t n, float factor,
-                                float inverse_scale, float* values, vint& bad) {
+                                float inverse_scale, float* values, vint& invalid) {
   int64_t i = 0;
   for (; i < n; i += kLanes) {
-    // The last vector of a block may be a part; its other lanes hold zeros.
+    // The last vector of a block may be partial; its other lanes are zeros.
     const int64_t lanes = min_of<int64_t>(kLanes, n - i);
     vint s{};
     vfloat d{};
@@ -72,7 +75,7 @@ REFORMER_INLINE void step_fixed(int32_t* stream, const float* delta, int64_t n, 
       if (delta) memcpy(&d, delta + i, static_cast<size_t>(lanes) * 4);
     }
     if (delta) {
-      s = add_fixed(s, d, factor, bad);
+      s = add_fixed(s, d, factor, invalid);
       memcpy(stream + i, &s, static_cast<size_t>(lanes) * 4);
     }
     const vfloat value = __builtin_convertvector(s, vfloat) * inverse_scale;
@@ -80,15 +83,17 @@ REFORMER_INLINE void step_fixed(int32_t* stream, const float* delta, int64_t n, 
   }
 }
 
+// The same for a floating-point stream.
 template <typename T>
 REFORMER_INLINE void step_float(T* stream, const float* delta, int64_t n, float sign, float* values) {
   load_row(stream, n, n, values);
   if (!delta) return;
   for (int64_t i = 0; i < n; ++i) values[i] += sign * delta[i];
   store_row(values, n, 1.0f, stream);
-  load_row(stream, n, n, values);  // as rounded
+  load_row(stream, n, n, values);  // as they were rounded
 }
 
+// Rounds values to T and back.
 template <typename T>
 REFORMER_INLINE void round_through(float* values, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
@@ -98,6 +103,7 @@ REFORMER_INLINE void round_through(float* values, int64_t n) {
   }
 }
 
+// The sum of x - centre or, if `squares`, of (x - centre)^2.
 REFORMER_INLINE float sum_of(const float* x, int64_t n, float centre, bool squares) {
   vfloat total{};
   int64_t i = 0;
@@ -110,7 +116,7 @@ REFORMER_INLINE float sum_of(const float* x, int64_t n, float centre, bool squar
   return sum;
 }
 
-// normed = weight * (values - mean) * rstd + bias, in place.
+// values = weight * (values - mean) * rstd + bias for one row.
 REFORMER_INLINE void normalise(const ResidualParams& p, int64_t row, float* values) {
   const int64_t n = p.columns;
   const float count = static_cast<float>(n);
@@ -135,26 +141,27 @@ void residual_step(const ResidualParams& p) {
   const int64_t length = whole_rows ? p.columns : kBlock;
   const int64_t blocks = (elements + length - 1) / length;
   const int32_t threads = elements < kSharedElements ? 1 : p.threads;
-  const int64_t room = round_up(length, 16);
+  const int64_t buffer_size = round_up(length, 16);
   float* scratch =
-      static_cast<float*>(allocate_scratch(static_cast<size_t>(2 * room * threads) * sizeof(float)));
+      static_cast<float*>(allocate_scratch(static_cast<size_t>(2 * buffer_size * threads) * sizeof(float)));
   const float factor = p.scale * static_cast<float>(p.sign);
-  int32_t damaged = 0;
-#pragma omp parallel for schedule(static, 1) num_threads(threads) reduction(| : damaged)
+  int32_t any_invalid = 0;
+#pragma omp parallel for schedule(static, 1) num_threads(threads) reduction(| : any_invalid)
   for (int32_t thread = 0; thread < threads; ++thread) {
-    float* values = scratch + 2 * room * thread;
-    float* delta_room = values + room;
-    vint bad{};
+    float* values = scratch + 2 * buffer_size * thread;
+    float* delta_buffer = values + buffer_size;
+    vint invalid{};
     for (int64_t block = blocks * thread / threads; block < blocks * (thread + 1) / threads; ++block) {
       const int64_t offset = block * length, n = min_of(length, elements - offset);
       const float* delta = nullptr;
       if (p.delta) {
-        delta = delta_room;
+        delta = delta_buffer;
         with_dtype(p.delta_dtype, const_cast<void*>(p.delta), offset,
-                   [&](const auto* source) { load_row(source, n, n, delta_room); });
+                   [&](const auto* source) { load_row(source, n, n, delta_buffer); });
       }
       if (p.fixed_point) {
-        step_fixed(static_cast<int32_t*>(p.stream) + offset, delta, n, factor, 1.0f / p.scale, values, bad);
+        step_fixed(static_cast<int32_t*>(p.stream) + offset, delta, n, factor, 1.0f / p.scale, values,
+                   invalid);
       } else {
         with_dtype(p.dtype, p.stream, offset,
                    [&](auto* stream) { step_float(stream, delta, n, static_cast<float>(p.sign), values); });
@@ -162,17 +169,17 @@ void residual_step(const ResidualParams& p) {
       if (p.value)
         with_dtype(p.dtype, p.value, offset, [&](auto* value) { store_row(values, n, 1.0f, value); });
       if (whole_rows) {
-        // What is normalised is what the module would read: the value in its own dtype.
+        // The module would read the value in its own dtype, so that is what is normalised.
         if (p.fixed_point && p.dtype == DType::kBFloat16) round_through<BFloat16>(values, n);
         if (p.fixed_point && p.dtype == DType::kFloat16) round_through<Float16>(values, n);
         normalise(p, block, values);
         with_dtype(p.dtype, p.normed, offset, [&](auto* normed) { store_row(values, n, 1.0f, normed); });
       }
     }
-    for (int lane = 0; lane < kLanes; ++lane) damaged |= bad[lane] < 0;
+    for (int lane = 0; lane < kLanes; ++lane) any_invalid |= invalid[lane] < 0;
   }
   free_scratch(scratch);
-  if (damaged && p.flag) *p.flag = 1;
+  if (any_invalid && p.flag) *p.flag = 1;
 }
 
 }  // namespace REFORMER_ISA_NAMESPACE

@@ -1,10 +1,12 @@
-// Stable counting sort of bucket ids: O(L + n) a segment.
+// Stable counting sort of bucket ids: order = argsort(buckets), O(L + n_buckets) per segment.
 //
 // A segment is cut into tiles, each with its own histogram. A running sum over (bucket, tile) turns the
-// counts into places, and each tile then writes its positions: the order is the stable one however many tiles
-// there are. Tiles serve two ends: four of them are walked side by side, because a counter that was just
-// written must not be waited for (ids in a row are often equal); and threads share a segment when there are
-// fewer segments than threads.
+// counts into offsets in the order, and each tile then writes its positions there. The result is the stable
+// order for any number of tiles. Tiles have two uses. Four of them are walked side by side: neighbouring ids
+// are often equal, and incrementing the same counter twice in a row would stall. And threads share a segment
+// when there are fewer segments than threads.
+//
+// It is compiled once, not for each instruction set, as nothing here gains from vectors.
 #include <algorithm>
 #include <cstring>
 
@@ -14,10 +16,11 @@ namespace reformer {
 namespace {
 
 constexpr int kTiles = 4;
-// A segment shorter than this many ids a thread is not worth sharing.
+// Threads share a segment only if each gets this many ids.
 constexpr int64_t kSharedLength = 1 << 15;
 
-// The n counters of kTiles tiles are kept together: counters[bucket * kTiles + tile].
+// A part of a segment that one thread sorts, as kTiles tiles. The counters of a bucket are neighbours:
+// counters[bucket * kTiles + tile].
 struct Part {
   const int32_t* ids;
   int64_t first, length;  // positions in the segment
@@ -26,6 +29,7 @@ struct Part {
 
 int32_t clamp(int32_t id, int32_t last) { return id < 0 ? 0 : id > last ? last : id; }
 
+// Calls visit(counter, position) for each id, in turns from each tile; in rising order within a tile.
 template <typename Visit>
 void for_each_id(const Part& part, int32_t last, Visit visit) {
   const int64_t tile_length = part.length / kTiles;
@@ -39,40 +43,44 @@ void for_each_id(const Part& part, int32_t last, Visit visit) {
     visit(part.counters[clamp(ids[at], last) * int64_t{kTiles} + kTiles - 1], part.first + at);
 }
 
-void count(const Part& part, int32_t n) {
+// Counts the ids of each bucket and tile.
+void count_ids(const Part& part, int32_t n) {
   std::memset(part.counters, 0, sizeof(int32_t) * kTiles * static_cast<size_t>(n));
   for_each_id(part, n - 1, [](int32_t& counter, int64_t) { ++counter; });
 }
 
-void place(const Part* parts, int32_t n_parts, int32_t n, int32_t* starts) {
+// Turns the counts of all parts into the offset of each bucket and tile, and writes the bucket starts.
+void counts_to_offsets(const Part* parts, int32_t n_parts, int32_t n, int32_t* starts) {
   int32_t total = 0;
   for (int32_t bucket = 0; bucket < n; ++bucket) {
     starts[bucket] = total;
     for (int32_t p = 0; p < n_parts; ++p)
       for (int tile = 0; tile < kTiles; ++tile) {
         int32_t& counter = parts[p].counters[bucket * int64_t{kTiles} + tile];
-        const int32_t here = counter;
+        const int32_t size = counter;
         counter = total;
-        total += here;
+        total += size;
       }
   }
 }
 
+// Writes each position to its place in the order.
 void scatter(const Part& part, int32_t n, int32_t* order) {
   for_each_id(part, n - 1,
               [order](int32_t& counter, int64_t i) { order[counter++] = static_cast<int32_t>(i); });
 }
 
-// With about as many buckets as ids, tiles would cost more than they save. `starts` is the only table: it
-// counts, then is the cursor of the scatter, after which starts[b] is the end of bucket b, one entry early.
+// Sorts a segment that has about as many buckets as ids, where tiles would cost more than they save. The only
+// table is `starts`: first the counts, then where the next id of each bucket goes. At the end starts[b] is
+// the end of bucket b, which belongs one entry later.
 void sort_sparse(const int32_t* ids, int64_t L, int32_t n, int32_t* order, int32_t* starts) {
   std::memset(starts, 0, sizeof(int32_t) * static_cast<size_t>(n));
   for (int64_t i = 0; i < L; ++i) ++starts[clamp(ids[i], n - 1)];
   int32_t total = 0;
   for (int32_t bucket = 0; bucket < n; ++bucket) {
-    const int32_t here = starts[bucket];
+    const int32_t size = starts[bucket];
     starts[bucket] = total;
-    total += here;
+    total += size;
   }
   for (int64_t i = 0; i < L; ++i) order[starts[clamp(ids[i], n - 1)]++] = static_cast<int32_t>(i);
   std::memmove(starts + 1, starts, sizeof(int32_t) * static_cast<size_t>(n));
@@ -85,7 +93,7 @@ void bucket_sort(const SortParams& p) {
   if (p.segments == 0) return;
   const auto n = static_cast<int32_t>(p.n_buckets);
   const bool sparse = p.L < 2 * kTiles * p.n_buckets;
-  // Threads that share one segment, and threads that take segments of their own.
+  // Either `shared` threads work on one segment at a time, or each of `separate` threads on its own segments.
   int32_t shared = 1;
   if (!sparse && p.segments < p.threads) {
     const int64_t worthwhile = std::min(p.L / kSharedLength, p.L / (2 * kTiles * p.n_buckets));
@@ -108,8 +116,8 @@ void bucket_sort(const SortParams& p) {
         parts[i] = {p.buckets + s * p.L, first, end - first, counters + i * counters_size};
       }
 #pragma omp parallel for schedule(static, 1) num_threads(shared)
-      for (int32_t i = 0; i < shared; ++i) count(parts[i], n);
-      place(parts, shared, n, p.starts + s * p.starts_size);
+      for (int32_t i = 0; i < shared; ++i) count_ids(parts[i], n);
+      counts_to_offsets(parts, shared, n, p.starts + s * p.starts_size);
 #pragma omp parallel for schedule(static, 1) num_threads(shared)
       for (int32_t i = 0; i < shared; ++i) scatter(parts[i], n, order);
     }
@@ -124,8 +132,8 @@ void bucket_sort(const SortParams& p) {
           sort_sparse(ids, p.L, n, order, starts);
         } else {
           const Part part{ids, 0, p.L, counters + i * counters_size};
-          count(part, n);
-          place(&part, 1, n, starts);
+          count_ids(part, n);
+          counts_to_offsets(&part, 1, n, starts);
           scatter(part, n, order);
         }
       }

@@ -1,7 +1,7 @@
-// The calling thread's number in an OpenMP team; 0 where the compiler has no OpenMP.
+// The calling thread's index in its OpenMP team; 0 if the compiler has no OpenMP.
 #pragma once
 
-#include "simd.h"
+#include "simd/vectors.h"
 
 #ifdef _OPENMP
 #include <omp.h>

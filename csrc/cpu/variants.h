@@ -1,12 +1,19 @@
-// The kernels that exist once per instruction set, and the table through which dispatch.cpp calls them.
+// The kernels that are compiled once for each instruction set, and the table that dispatch.cpp calls.
+//
+// There is one source for all instruction sets: hash.cpp, residual.cpp, attention/forward.cpp and
+// attention/backward.cpp are each compiled as `portable`, `avx2`, `avx512` and `avx512bf16`, in a namespace
+// of that name. What differs between them is the vector length, REFORMER_LANES, and the intrinsics in simd/.
+// So the AVX-512 code of the backward pass is attention/backward.cpp with simd/, compiled with kLanes = 16;
+// its object file is in kernels_avx512.dir of the build tree. CMakeLists.txt has each variant's compiler
+// flags, dispatch.cpp the test whether a machine can run it.
 //
 // To add a kernel: declare it in kernels.h, write csrc/cpu/<kernel>.cpp inside REFORMER_ISA_NAMESPACE, add
 // the file to REFORMER_KERNEL_SOURCES in CMakeLists.txt and one line to REFORMER_KERNELS below.
 //
-// One rule for the sources compiled per instruction set: no inline function or template with external
-// linkage outside the variant's namespace, so no standard C++ header beyond <cstddef>, <cstdint> and
-// <cstring>. The linker keeps one copy of such a function for the whole library, perhaps the AVX-512 one, and
-// a machine without AVX-512 would then run it. python_tests/test_build.py reads the object files.
+// These sources must not define any inline function or template with external linkage outside the variant's
+// namespace, and so must not include a standard C++ header other than <cstddef>, <cstdint> and <cstring>. The
+// linker keeps one copy of such a function for the whole library. If that is the AVX-512 one, the library
+// crashes on a machine without AVX-512. python_tests/csrc/test_build.py checks the object files.
 #pragma once
 
 #include "../kernels.h"
@@ -32,14 +39,14 @@ struct KernelTable {
 // The instruction sets compiled into this library, best last, separated by spaces.
 const char* compiled_isas();
 
-// Scratch memory for kernels: 64-byte aligned, throws std::bad_alloc. Out of line, for the rule above.
+// Scratch memory for kernels: 64-byte aligned; throws std::bad_alloc. Not inline, because of the rule above.
 void* allocate_scratch(size_t bytes);
 void free_scratch(void* memory);
 
 }  // namespace reformer
 
-// CMake defines REFORMER_ISA (portable, avx2, ...) and REFORMER_LANES, the floats in a vector, for each
-// variant.
+// For each variant CMake defines REFORMER_ISA (portable, avx2, ...) and REFORMER_LANES, the number of floats
+// in a vector.
 #ifdef REFORMER_ISA
 #define REFORMER_ISA_NAMESPACE reformer::REFORMER_ISA
 #endif

@@ -1,23 +1,25 @@
-// Stable counting sort of bucket ids on a GPU: many segments at once, any number of buckets.
+// Stable counting sort of bucket ids on a GPU: order = argsort(buckets), for many segments at once.
 //
-// One pass sorts by a digit of up to 4097 values, which is a whole id in all but the longest sequences:
-//   1. count_tiles    a segment is cut into tiles; a block counts the digits of one       reads 4
-//   2. place_tiles    a running sum over (digit, tile) turns counts into places, and gives the bucket starts
-//   3. scatter_tiles  a block ranks its tile's elements stably and writes them out        reads 4, writes 4
-// More buckets take two passes or more, least significant digit first. Then a pass hands to the next a word
-// for each element, the digits that are left above the position, of 32 bits where those fit; starts are found
-// by bisection at the end (bucket_starts).
+// One pass sorts by a digit of up to 4097 values, which is the whole id in all but the longest sequences:
+//   1. count_tiles    each segment is cut into tiles; a block counts the digits of one tile
+//   2. place_tiles    a running sum over (digit, tile) turns counts into places in the order, and gives the
+//                     bucket starts
+//   3. scatter_tiles  a block ranks the elements of its tile stably and writes them
+// More buckets take two or more passes, least significant digit first. A pass then hands the next one a word
+// per element: the position in the low bits and the remaining digits above it. A word has 32 bits if they
+// fit, else 64. The bucket starts are found by bisection at the end (bucket_starts).
 //
-// Ranks: a warp owns consecutive elements of the tile, and goes through them 32 at a time. Lanes with the
-// same digit find each other (match), and each counts those below it (popcount); the lowest adds their number
-// to the warp's counter of the digit. A scan of the counters across warps does the rest. No atomics, so the
-// order is the stable one by construction.
+// To rank elements, a warp owns consecutive elements of the tile and takes them 32 at a time. Lanes with the
+// same digit find each other (match), and each lane counts those below it (popcount). The lowest lane adds
+// their number to the warp's counter of the digit. A scan of the counters over the warps does the rest. Ranks
+// use no atomics, so the order is stable by construction.
 //
-// Bytes that the model counts, an element: 12 a pass (8 read, 4 written, with 32-bit words), and
-// 20 * radix / tile_length for the counts: written once, read twice and written by place_tiles, and read by
-// scatter_tiles. Tiles are at least 3 * radix long, and 12 * radix where that leaves enough blocks: 13 to 14
-// bytes a pass in large problems, up to 19 in small ones, whose counts stay in L2. Several passes add the
-// bisection, some 10 reads a bucket. Predicted, not measured: not yet run on a GPU.
+// Predicted memory traffic, not measured, as this has not yet run on a GPU: with 32-bit words, each pass
+// moves 12 bytes per element (8 read, 4 written) and 20 * radix / tile_length for the counts, which are
+// written by count_tiles, read twice and written by place_tiles, and read by scatter_tiles. Tiles have at
+// least 3 * radix elements, and 12 * radix where that leaves enough blocks. This makes 13 to 14 bytes per
+// pass in large problems, and up to 19 in small ones, whose counts stay in the L2 cache. With several passes
+// the bisection adds about 10 reads per bucket.
 #include "../kernels.h"
 #include "primitives.h"
 
@@ -27,19 +29,20 @@ namespace {
 constexpr int kLanes = 32;
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kLanes;
-constexpr int kItems = 16;  // elements that a thread holds in registers
+constexpr int kItems = 16;  // elements that each thread holds in registers
 constexpr int kWarpStep = kItems * kLanes;
-constexpr int kStep = kWarps * kWarpStep;  // elements ranked at once; a warp's count of them fits 16 bits
+constexpr int kStep = kWarps * kWarpStep;  // elements ranked at once; a warp's count fits in 16 bits
 constexpr int kPlaceThreads = 512;
-constexpr int kBatch = 8;  // loads that place_tiles has in flight
+constexpr int kBatch = 8;  // loads that a thread of place_tiles has in flight
 
-// 2^k buckets and the one of padding are one digit.
+// One digit can hold 2^12 buckets and the extra one for padding.
 constexpr int kDigitBits = 12;
 constexpr int64_t kMaxRadix = (int64_t{1} << kDigitBits) + 1;
-constexpr int64_t kMaxTiles = 256;          // of a segment: place_tiles goes through them one after another
-constexpr int64_t kEnoughBlocks = 1024;     // to fill a GPU
-constexpr int64_t kMaxBlocks = 2147483647;  // of a launch
+constexpr int64_t kMaxTiles = 256;          // per segment, since place_tiles goes through them one by one
+constexpr int64_t kEnoughBlocks = 1024;     // enough to fill a GPU
+constexpr int64_t kMaxBlocks = 2147483647;  // the most that one launch may have
 
+// The sizes of one pass.
 struct Pass {
   int64_t L, tiles;
   uint32_t tile_length;
@@ -47,7 +50,8 @@ struct Pass {
   uint32_t mask;  // the digit is key & mask
 };
 
-// What a pass reads: value i of a segment, its key and its position.
+// What a pass reads. The first pass reads bucket ids: the key of an element is its id, clamped to the
+// buckets.
 struct Ids {
   using Value = int32_t;
   const int32_t* data;
@@ -57,7 +61,7 @@ struct Ids {
   }
   __device__ __forceinline__ uint32_t position(Value, uint32_t i) const { return i; }
 };
-// (key << position_bits) | position
+// Later passes read words: (key << position_bits) | position.
 template <typename Word>
 struct Words {
   using Value = Word;
@@ -71,13 +75,14 @@ struct Words {
   }
 };
 
-// What a pass writes.
+// What a pass writes. The last pass writes positions.
 struct ToOrder {
   int32_t* data;
   __device__ __forceinline__ void store(int64_t at, uint32_t, uint32_t position) const {
     data[at] = static_cast<int32_t>(position);
   }
 };
+// Earlier passes write words without the digit that they sorted by.
 template <typename Word>
 struct ToWords {
   Word* data;
@@ -87,12 +92,14 @@ struct ToWords {
   }
 };
 
-// The element of a step that this thread's `item` is: consecutive in a warp, and warps in order.
+// The index in its segment of this thread's element number `item`. The elements of a warp are consecutive,
+// and so are the warps.
 __device__ __forceinline__ uint32_t element_of(uint32_t step, int item) {
   const uint32_t warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   return step + warp * kWarpStep + static_cast<uint32_t>(item) * kLanes + lane;
 }
 
+// Loads this thread's elements of a step; those beyond `end` are 0.
 template <typename Source>
 __device__ __forceinline__ void load_step(typename Source::Value (&values)[kItems], const Source& source,
                                           int64_t segment_start, uint32_t step, uint32_t end) {
@@ -103,7 +110,7 @@ __device__ __forceinline__ void load_step(typename Source::Value (&values)[kItem
   }
 }
 
-// The tile of this block: its segment's first element, and where in the segment it begins and ends.
+// A tile: the first element of its segment, and where in the segment the tile begins and ends.
 struct Tile {
   int64_t segment_start;
   uint32_t first, end;
@@ -114,7 +121,7 @@ __device__ __forceinline__ Tile tile_of_block(const Pass& pass) {
   return {segment * pass.L, static_cast<uint32_t>(first), static_cast<uint32_t>(end < pass.L ? end : pass.L)};
 }
 
-// counts (segments, tiles, radix)
+// Counts the digits of each tile: counts (segments, tiles, radix). A block counts one tile.
 template <typename Source>
 __global__ void __launch_bounds__(kThreads) count_tiles(Source source, Pass pass, int32_t* counts) {
   auto* counters = shared_memory<int32_t>();  // (radix,)
@@ -133,7 +140,8 @@ __global__ void __launch_bounds__(kThreads) count_tiles(Source source, Pass pass
   for (int32_t digit = threadIdx.x; digit < pass.radix; digit += kThreads) counts[digit] = counters[digit];
 }
 
-// The sum of `mine` over the threads before this one, and over all of them. `sums` is shared, one a warp.
+// Returns the sum of `mine` over the threads before this one; `all` becomes the sum over all threads. `sums`
+// is shared memory, one entry per warp.
 __device__ __forceinline__ int32_t sum_before(int32_t mine, int32_t* sums, int32_t& all) {
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   int32_t through = mine;
@@ -155,14 +163,14 @@ __device__ __forceinline__ int32_t sum_before(int32_t mine, int32_t* sums, int32
   return before;
 }
 
-// counts to places, where in its segment the first element of (tile, digit) goes; a block does a segment.
-// starts may be null, else it takes the digits' starts, and L in the rest of its entries.
+// Turns the counts into places: where in its segment the first element of (tile, digit) goes. A block does
+// one segment. Unless `starts` is null, it receives the start of each digit, and L in its remaining entries.
 __global__ void __launch_bounds__(kPlaceThreads)
     place_tiles(Pass pass, int32_t* counts, int32_t* starts, int64_t starts_size) {
   auto* sums = shared_memory<int32_t>();
   counts += int64_t{blockIdx.x} * pass.tiles * pass.radix;
   if (starts) starts += int64_t{blockIdx.x} * starts_size;
-  int32_t done = 0;  // elements with digits before this round's
+  int32_t done = 0;  // elements whose digits were handled in earlier rounds
   for (int32_t first = 0; first < pass.radix; first += kPlaceThreads) {
     const int32_t digit = first + static_cast<int32_t>(threadIdx.x);
     const int64_t tiles = digit < pass.radix ? pass.tiles : 0;
@@ -190,12 +198,15 @@ __global__ void __launch_bounds__(kPlaceThreads)
       starts[bucket] = static_cast<int32_t>(pass.L);
 }
 
+// Writes each element of each tile to its place. A block does one tile.
 template <typename Source, typename Target>
 __global__ void __launch_bounds__(kThreads)
     scatter_tiles(Source source, Target target, Pass pass, const int32_t* places) {
-  // Where the next element of a digit goes; while a step is written, where that of the next step goes.
+  // Where the next element of a digit goes. While a step is being written, it is already where the first
+  // element of the next step goes.
   auto* next = shared_memory<int32_t>();  // (radix,)
-  // How many of a step's elements of a digit a warp has met; then, how many this warp and later ones have.
+  // First, how many elements of a digit a warp has met in this step; then, how many this warp and the later
+  // ones have together.
   auto* counters = reinterpret_cast<uint16_t*>(next + pass.radix);  // (kWarps, radix)
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const unsigned lanes_below = (1u << lane) - 1;
@@ -211,7 +222,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int32_t i = threadIdx.x; i < kWarps * pass.radix; i += kThreads) counters[i] = 0;
     __syncthreads();
 
-    // What is beyond the tile's end counts as zeros, after all else: that moves nothing before it.
+    // Elements beyond the tile's end count as zeros. They come after all others, so they move none of them.
 #pragma unroll
     for (int item = 0; item < kItems; ++item) {
       const uint32_t digit = source.key(values[item]) & pass.mask;
@@ -247,8 +258,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// starts[x], the number of ids below x, after the last of several passes: its digit, x >> digit_shift, says
-// between which places to look. A block does kThreads of the starts of a segment.
+// Finds the bucket starts after the last of several passes: starts[x] is the number of ids below x. The digit
+// of bucket x in that pass, x >> digit_shift, says between which places to search. A block finds kThreads
+// starts of one segment.
 __global__ void __launch_bounds__(kThreads)
     bucket_starts(Ids ids, const int32_t* order, Pass pass, const int32_t* places, int32_t digit_shift,
                   int32_t* starts, int64_t starts_size) {
@@ -272,6 +284,7 @@ __global__ void __launch_bounds__(kThreads)
   starts[segment * starts_size + bucket] = static_cast<int32_t>(low);
 }
 
+// The number of bits that `value` takes.
 int bit_length(int64_t value) {
   int bits = 0;
   for (; value > 0; value >>= 1) ++bits;
@@ -280,13 +293,13 @@ int bit_length(int64_t value) {
 
 int64_t ceil_divide(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
-// How a problem is cut up, and where in the workspace its parts lie.
+// How a problem is divided into passes, tiles and groups of segments, and how much workspace it takes.
 struct Plan {
   int passes, digit_bits, position_bits;
-  bool wide;  // words of 64 bits
+  bool wide;  // words have 64 bits
   int32_t max_radix;
   int64_t tile_length, tiles;
-  int64_t group;  // segments that are sorted at once
+  int64_t group;  // segments that are sorted together
   int64_t counts_bytes, words_bytes;
 
   explicit Plan(const SortParams& p) {
@@ -315,6 +328,7 @@ struct Plan {
     words_bytes = passes == 1 ? 0 : aligned(group * p.L * (wide ? 8 : 4));
   }
 
+  // The number of values of a pass's digit.
   int32_t radix(int pass, int64_t n_buckets) const {
     if (passes == 1) return static_cast<int32_t>(n_buckets);
     if (pass < passes - 1) return int32_t{1} << digit_bits;
@@ -326,7 +340,7 @@ struct Plan {
   static int64_t aligned(int64_t bytes) { return ceil_divide(bytes, 256) * 256; }
 };
 
-// A group of segments, and the workspace.
+// The sort of one group of segments.
 struct Sort {
   const SortParams& p;
   const Plan& plan;
@@ -362,6 +376,7 @@ struct Sort {
                   ids(), order, pass, counts, plan.digit_bits * number, starts, p.starts_size);
   }
 
+  // Two or more passes. Words alternate between the two halves of their workspace.
   template <typename Word>
   cudaError_t run_passes() const {
     char* memory = reinterpret_cast<char*>(counts) + plan.counts_bytes;

@@ -1,4 +1,4 @@
-// Which CUDA runtime and GPU architectures this binary was built for.
+// The CUDA runtime and the GPU architectures that this binary was built for.
 #include "device.h"
 
 #include <cuda_runtime_api.h>

@@ -1,11 +1,11 @@
-// What the CUDA part of the build offers. Declared always, defined only where it was compiled.
+// What the CUDA part of the build was made for. Always declared, but defined only if the build has CUDA.
 #pragma once
 
 namespace reformer::cuda {
 
-// The CUDA runtime that the kernels were built against, as 1000 * major + 10 * minor.
+// The version of the CUDA runtime that the kernels were built with, as 1000 * major + 10 * minor.
 int runtime_version();
-// GPU architectures with machine code in this binary, as CMake names them: "80-real 90-real ...".
+// The GPU architectures that this binary has code for, as CMake names them: "80-real 90-real ...".
 const char* architectures();
 
 }  // namespace reformer::cuda

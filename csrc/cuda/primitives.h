@@ -1,7 +1,8 @@
-// What the GPU kernels use beyond CUDA C++'s own names: shared memory sized at launch, launching, the device.
+// What GPU kernels need besides CUDA C++ itself: shared memory whose size the launch sets, launches, and the
+// choice of the device.
 //
-// python_tests/cuda_stand_in/primitives.h offers the same to the same kernels on the host, where tests run
-// them; a kernel that needs another primitive needs it there too.
+// Tests run the same kernels on the host, where python_tests/ops/sort/cuda_stand_in/primitives.h takes the
+// place of this file. A primitive that is added here must be added there too.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,24 +13,25 @@ namespace reformer::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// The shared memory of a block, as many bytes as its launch asked for, 16-byte aligned.
+// The shared memory of a block, of the size that its launch asked for; 16-byte aligned.
 template <typename Element>
 __device__ __forceinline__ Element* shared_memory() {
   extern __shared__ __align__(16) unsigned char memory[];
   return reinterpret_cast<Element*>(memory);
 }
 
+// Keeps a parameter out of template deduction, so that arguments convert as in an ordinary call.
 template <typename Type>
-struct Given {
+struct NotDeduced {
   using type = Type;
 };
 
-// Enqueues `kernel` in `stream`; no synchronisation, so a CUDA graph can capture it.
+// Enqueues `kernel` in `stream`. Nothing is synchronised, so a CUDA graph can capture the launch.
 template <typename... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
-                   void* stream, typename Given<Parameters>::type... arguments) {
-  constexpr int64_t kWithoutAsking = 48 << 10;
-  if (shared_bytes > kWithoutAsking) {
+                   void* stream, typename NotDeduced<Parameters>::type... arguments) {
+  constexpr int64_t kDefaultLimit = 48 << 10;  // more shared memory must be requested for the kernel
+  if (shared_bytes > kDefaultLimit) {
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
@@ -41,8 +43,8 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
                           static_cast<cudaStream_t>(stream));
 }
 
-// Makes `device` the calling thread's until the end of the scope. This library's CUDA runtime is its own, so
-// it does not rely on torch's having chosen.
+// Makes `device` the calling thread's current device until the end of the scope. This library has a CUDA
+// runtime of its own, so it cannot rely on the device that torch chose.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {

@@ -46,7 +46,7 @@ def test_dry_run_goes_through_every_step(tmp_path: Path) -> None:
     timed = document["steps"]["headline"]["rows"][0]
     assert timed["eager_us"] > 0 and timed["floor_us_predicted"] > 0
     assert "compute-sanitizer" in document["steps"]["sanitizer"]["rows"][0]["check"]
-    assert "skipped" in document["steps"]["tests"]["rows"][0]["says"] or torch.cuda.is_available()
+    assert "skipped" in document["steps"]["tests"]["rows"][0]["output"] or torch.cuda.is_available()
     text = (tmp_path / "dry-run.md").read_text()
     assert "No figure here is a GPU's" in text and "FAILED" not in text
     assert all(f"## {step.name[0].upper()}{step.name[1:]}" in text for step in STEPS)
@@ -70,7 +70,7 @@ import os, time
 def _cases(context, shard=0, shards=1, after=0):
     for n in range(6)[shard::shards][after:]:
         if n == 2:
-            os._exit(11)  # as a driver that aborts
+            os._exit(11)  # like a driver that aborts
         row = {"check": f"case {n}", "ok": n != 5}
         yield row | {"fatal": True, "ok": False} if n == 3 else row
 
@@ -169,8 +169,8 @@ def test_targets() -> None:
     rows += [timed("lsh_attention", 10.0, length=L) for L in (2048, 3072, 65536)]
     rows += [timed("SDPA flash", us, length=L) for L, us in ((2048, 9.0), (3072, 11.0), (65536, 150.0))]
     rows += [timed("bucket_sort", 2.0), timed("torch.sort int32 stable", 5.0), timed("lsh_hash", 1.0, 1.7)]
-    found = {row["check"]: (row["ok"], row.get("value")) for row in target_rows(rows, dry_run=False)}
-    assert list(found.values()) == [
+    targets = {row["check"]: (row["ok"], row.get("value")) for row in target_rows(rows, dry_run=False)}
+    assert list(targets.values()) == [
         (None, None),  # one round was not timed
         (None, None),
         (True, 1.2),

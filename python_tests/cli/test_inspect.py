@@ -1,4 +1,4 @@
-"""`reformer-kernels inspect`: the table, its JSON, and what it says where it cannot work."""
+"""`reformer-kernels inspect`: the table, its JSON file, and the messages where it cannot work."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from reformer_kernels.cli import app
 from reformer_kernels.gpu import cost_model, machine_code
+from reformer_kernels.gpu.architectures import CHIPS
 from reformer_kernels.gpu.machine_code import Inspected
 
 ARGUMENTS = ["inspect", "--arch", "sm_90", "--op", "residual", "--dtype", "bfloat16", "--head-dim", "64"]
@@ -63,7 +64,7 @@ def test_faults_are_shown_and_end_with_exit_code_1(monkeypatch: pytest.MonkeyPat
         (["--arch", "sm_70"], "--arch must be one of sm_80, sm_90, sm_100, gfx942, got"),
         (["--arch", "none"], "--arch must name at least one"),
         (["--op", "sorting"], "--op must be one of"),
-        (["--dtype", "float64"], "--dtype must be one of bfloat16"),
+        (["--dtype", "float64"], "--dtype must be one of float32, bfloat16, float16"),
         (["--head-dim", "512"], "--head-dim must be at most 256, got 512"),
         (["--hashes", "0"], "--hashes must be positive, got 0"),
         (["--json", "/no/such/folder/x.json"], "does not exist"),
@@ -86,8 +87,8 @@ def test_says_why_it_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Traceback" not in done.output
 
 
-def test_model_gives_the_published_arithmetic() -> None:
-    h100, one = cost_model.RATES["sm_90"], cost_model.Shape(heads=1, length=10**6, n_hashes=1)
+def test_predicted_times_follow_the_formulas() -> None:
+    h100, one = CHIPS["sm_90"].rates, cost_model.Shape(heads=1, length=10**6, n_hashes=1)
 
     def picoseconds(operation: str, shape: cost_model.Shape = one) -> float:
         return cost_model.floor(operation, shape, h100).seconds / shape.rows * 1e12

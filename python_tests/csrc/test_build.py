@@ -43,10 +43,10 @@ def output_of(*command: str) -> str:
 @needs_build_tree
 @pytest.mark.parametrize("isa", _native.info()["compiled_isas"])
 def test_objects_of_an_instruction_set_share_nothing(isa: str) -> None:
-    """All that the linker sees is named after the instruction set.
+    """Every symbol that the linker sees is in the namespace of the instruction set.
 
-    A weak symbol that is not, such as a template of the standard library, could replace its twin in the other
-    variants: AVX-512 code on a machine without it.
+    Any other weak symbol, such as a template of the standard library, could replace its twin in the other
+    variants, and a machine without AVX-512 would run AVX-512 code.
     """
     objects = sorted((BUILD / "CMakeFiles" / f"kernels_{isa}.dir").rglob("*.o"))
     assert objects
@@ -137,7 +137,7 @@ def test_a_changed_source_rebuilds_only_what_depends_on_it() -> None:
     before = source.stat()
     try:
         os.utime(source)
-        # -n: says what it would run.
+        # With -n, ninja only says what it would run.
         plan = output_of(tool("ninja"), "-n", "-v", "-C", str(BUILD))
     finally:
         os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))

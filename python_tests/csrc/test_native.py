@@ -1,4 +1,4 @@
-"""How native kernels live in a Python process: pointers, processes, threads, instruction sets."""
+"""Native kernels in a Python process: pointers, forked processes, threads and instruction sets."""
 
 from __future__ import annotations
 
@@ -60,8 +60,10 @@ def test_pointer_checks() -> None:
 
 
 def test_tensors_whose_values_are_not_in_memory_as_they_read() -> None:
-    """A conjugate or negative view reads otherwise than its memory; torch resolves none of float dtype lazily
-    but the negative bit, which a kernel would overlook."""
+    """The values of a negative view differ from its memory, which is what a kernel would read.
+
+    For float dtypes the negative bit is the only such laziness in torch.
+    """
     x = torch.imag(torch.complex(torch.zeros(1, 1, 2, 3), torch.ones(1, 1, 2, 3)).conj())
     assert x.is_neg()
     with pytest.raises(ValueError, match="resolve_neg"):
@@ -98,7 +100,7 @@ def test_isa_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_forked_child_runs_alone() -> None:
-    """After a parallel region in the parent, its threads are gone in the child: it must not wait for them."""
+    """A forked child has none of its parent's OpenMP threads, so it must not wait for them."""
     result = run_python(
         """
         import os, signal, torch
@@ -158,7 +160,7 @@ def test_several_python_threads_at_once() -> None:
 
 
 def test_one_openmp_runtime() -> None:
-    """The extension and torch must share a runtime, or their pools fight for the cores."""
+    """The extension and torch must share one runtime, or their thread pools compete for the cores."""
     result = run_python(
         """
         import torch
@@ -172,7 +174,7 @@ def test_one_openmp_runtime() -> None:
 
 
 def test_without_openmp_the_reason_is_given() -> None:
-    """Loaded without torch, the extension lacks the OpenMP runtime that torch brings."""
+    """Without torch, the extension cannot be loaded, because torch brings the OpenMP runtime."""
     result = run_python(
         f"""
         from importlib.machinery import ExtensionFileLoader

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from python_tests.helpers import NATIVE, assert_close, gradients, padding_mask, qkv
-from reformer_kernels import Layout, LSHConfig, _backend
+from reformer_kernels import Layout, LSHConfig, _backend, _native
 from reformer_kernels import functional as F
 from reformer_kernels.testing import normal
 
@@ -237,9 +237,9 @@ def test_wrong_arguments_of_the_others(
 
 
 def test_an_extension_that_is_not_built_is_an_error_not_a_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backend, "NATIVE_ERROR", ImportError("No module named '_C'"))
+    monkeypatch.setattr(_native, "unavailable_reason", lambda: "it cannot be imported (No module '_C')")
     for backend in ("auto", "native"):
-        with pytest.raises(RuntimeError, match=r"failed to import \(No module named '_C'\); build it with"):
+        with pytest.raises(RuntimeError, match=r"cannot be used: it cannot be imported \(No module '_C'\)"):
             F.lsh_attention(**inputs(backend=backend))
     assert F.lsh_attention(**inputs(qk=normal(B, H, L, D), v=normal(B, H, L, D), backend="auto")).shape == (
         B,
@@ -404,7 +404,9 @@ def test_separate_keys_may_see_themselves() -> None:
     config = LSHConfig(chunk_length=3)
     layout = F.lsh_layout(q, config)
     out = F.attend(q, v, layout, config, k=k)
-    assert_close(out, (q @ k.mT).softmax(-1) @ v, 1e-14)
+    assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v), 1e-14)
+    scaled = F.attend(q, v, layout, dataclasses.replace(config, scale=1.0), k=k)
+    assert_close(scaled, (q @ k.mT).softmax(-1) @ v, 1e-14)
 
 
 @pytest.mark.parametrize("config", [LSHConfig.trax(chunk_length=4), LSHConfig(window="bucket"), LSHConfig()])

@@ -1,4 +1,4 @@
-"""What needs a GPU: every operation against the float64 reference there, and how the package behaves on one.
+"""Tests that need a GPU: every operation against the float64 reference, and how the package behaves there.
 
 `python bench/validate_gpu.py` runs the same checks, in processes side by side, and times everything.
 """
@@ -54,7 +54,7 @@ def test_cuda_tensors_take_triton_and_say_what_cannot_run() -> None:
     assert torch.equal(chosen, named)
     with pytest.raises(RuntimeError, match="backend='native'"):
         functional.lsh_attention(qk, v, CONFIG, seed=1, backend="native")
-    # float64 is the reference's, as on the CPU.
+    # float64 takes the reference, as on the CPU.
     exact = functional.lsh_attention(qk.double(), v.double(), CONFIG, seed=1)
     assert exact.dtype == torch.float64
 
@@ -66,21 +66,21 @@ def test_work_goes_to_the_current_stream_and_device() -> None:
     torch.cuda.synchronize()
     stream, late = torch.cuda.Stream(), torch.zeros_like(qk)
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # some hundredths of a second: other streams would overtake
+        torch.cuda._sleep(50_000_000)  # a few hundredths of a second, in which other streams would overtake
         late.copy_(qk)
         out = functional.lsh_attention(late, v, CONFIG, rotations=rotations)
     stream.synchronize()
     assert torch.equal(out, expected)
     last = torch.cuda.device_count() - 1
-    if last > 0:  # tensors decide, not the current device
+    if last > 0:  # the tensors decide, not the current device
         moved = [x.to(f"cuda:{last}") for x in (qk, v, rotations)]
         out = functional.lsh_attention(moved[0], moved[1], CONFIG, rotations=moved[2])
         assert out.device.index == last and torch.equal(out.to(qk.device), expected)
 
 
 def test_new_lengths_compile_nothing() -> None:
-    from reformer_kernels.gpu.specialization import all_specializations
-    from reformer_kernels.gpu.tiles import architecture_of
+    from reformer_kernels.gpu.architectures import architecture_of
+    from reformer_kernels.gpu.specializations import all_specializations
 
     listed = all_specializations(
         architecture=architecture_of("cuda"), dtype=torch.bfloat16, head_dim=64, options="all"
@@ -104,7 +104,7 @@ def test_new_lengths_compile_nothing() -> None:
 
 
 def test_more_than_2_to_the_31_elements() -> None:
-    H, L, D = 33, 2**20, 64  # of each tensor: 2.06 * 2**31 / 2 ** 0 elements
+    H, L, D = 33, 2**20, 64  # 1.03 * 2**31 elements in each tensor
     need = 8 * H * L * D * 2 + 3 * H * L * D * 4
     free = torch.cuda.mem_get_info()[0]
     if free < need:
@@ -139,7 +139,7 @@ def test_modules_train_and_compile() -> None:
 
 @pytest.mark.parametrize("residual", ["float", "exact"])
 def test_reversible_layers(residual: str) -> None:
-    """Rebuilt activations give the gradients of the ordinary ones."""
+    """Rebuilt activations give the gradients that kept activations give."""
     torch.manual_seed(0)
     pairs = [
         (
@@ -151,7 +151,7 @@ def test_reversible_layers(residual: str) -> None:
     layers = ReversibleSequence(pairs, residual=residual).cuda()
     x = normal(2, 300, 128, dtype=torch.float32).cuda().requires_grad_()
     out = layers(x)
-    (found,) = torch.autograd.grad(out.square().sum(), x)
+    (rebuilt,) = torch.autograd.grad(out.square().sum(), x)
     first, second = x.chunk(2, dim=-1)
     for f, g in pairs:
         first = first + f(second)
@@ -159,4 +159,4 @@ def test_reversible_layers(residual: str) -> None:
     plain = torch.cat([first, second], dim=-1)
     (expected,) = torch.autograd.grad(plain.square().sum(), x)
     assert relative_error(out, plain) < TOLERANCE[torch.float32]
-    assert relative_error(found, expected) < 1e-3
+    assert relative_error(rebuilt, expected) < 1e-3

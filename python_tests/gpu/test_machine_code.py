@@ -1,6 +1,6 @@
-"""What Triton's compiler makes of every kernel, with no GPU present.
+"""The machine code of every Triton kernel, compiled with no GPU present.
 
-The ordinary run compiles a part of the configurations; REFORMER_COMPILE_ALL=1 compiles all of them.
+The ordinary run compiles some of the configurations, and REFORMER_COMPILE_ALL=1 all of them.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
+from reformer_kernels._limits import KERNEL_DTYPES  # noqa: E402
 from reformer_kernels.gpu import machine_code, tiles  # noqa: E402
-from reformer_kernels.gpu.machine_code import CHIPS, Inspected, Request  # noqa: E402
-from reformer_kernels.gpu.specialization import DTYPES, HEAD_DIMS, OPTIONS, TRITON_TYPES, Specialization  # noqa: E402
-from reformer_kernels.gpu.tiles import ARCHITECTURES, Tile, TileRow  # noqa: E402
+from reformer_kernels.gpu.architectures import ARCHITECTURES, CHIPS  # noqa: E402
+from reformer_kernels.gpu.machine_code import Inspected, Request  # noqa: E402
+from reformer_kernels.gpu.specializations import HEAD_DIMS, OPTIONS, TRITON_TYPES, Specialization  # noqa: E402
+from reformer_kernels.gpu.tiles import Tile, TileRow  # noqa: E402
 
 
 def requests() -> list[Request]:
     if os.environ.get("REFORMER_COMPILE_ALL") == "1":
-        return [Request(*key) for key in itertools.product(ARCHITECTURES, DTYPES, HEAD_DIMS, OPTIONS)]
+        return [Request(*key) for key in itertools.product(ARCHITECTURES, KERNEL_DTYPES, HEAD_DIMS, OPTIONS)]
     chosen = [Request(a, torch.bfloat16, 128, "all") for a in ARCHITECTURES]
     chosen += [Request(a, torch.bfloat16, 64, "all") for a in ("sm_80", "sm_90", "sm_100")]
     chosen += [Request("sm_90", torch.bfloat16, 64, "off"), Request("sm_90", torch.float32, 64, "all")]
@@ -38,19 +40,19 @@ def compiled() -> list[Inspected]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_kernels_do_what_they_must(architecture: str, compiled: list[Inspected]) -> None:
+def test_kernels_have_no_faults(architecture: str, compiled: list[Inspected]) -> None:
     mine = [row for row in compiled if row.code.architecture == architecture]
     assert {row.code.kernel for row in mine} == {row.code.kernel for row in compiled}
     wrong = [f"{row.code}: {fault}" for row in mine for fault in row.faults]
     assert not wrong, "\n".join(wrong)
     for row in mine:
-        # Beside the rules of `faults`, in the words of the instructions.
+        # The rule on spills once more, without `faults`.
         if row.code.dtype != "float32" and row.code.head_dim <= 128:
             assert row.code.spill_bytes == 0
         assert 0 < row.code.occupancy <= 1
 
 
-# The checks catch what they are there for
+# Faults of a probe kernel
 
 
 @triton.jit
@@ -58,15 +60,15 @@ def probe(  # type: ignore[no-untyped-def]
     q, k, v, order, out, stride, length,
     ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
-    """A plain gathering attention, without its softmax."""
+    """Attention that gathers rows, without the softmax."""
     i, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
     rows = tl.load(q + tl.load(order + i, i < length, other=0)[:, None] * stride + d[None, :])
     total = tl.zeros((ROWS, D), tl.float32)
     for first in range(0, length, KEYS):
         j = first + tl.arange(0, KEYS)
-        places = tl.load(order + j, j < length, other=0)[:, None] * stride + d[None, :]
-        keys = tl.load(k + places, (j < length)[:, None], other=0.0)
-        values = tl.load(v + places, (j < length)[:, None], other=0.0)
+        offsets = tl.load(order + j, j < length, other=0)[:, None] * stride + d[None, :]
+        keys = tl.load(k + offsets, (j < length)[:, None], other=0.0)
+        values = tl.load(v + offsets, (j < length)[:, None], other=0.0)
         if PRODUCTS:
             total = tl.dot(tl.exp2(tl.dot(rows, keys.T)).to(values.dtype), values, total)
         else:
@@ -114,8 +116,8 @@ def test_a_good_kernel_has_no_fault_and_its_figures_are_read() -> None:
 
 
 def test_an_oversized_tile_is_caught() -> None:
-    found = judge(specialize(Tile(128, 128, 256, 4, 2)))
-    assert "spills" in found and "bytes of shared memory, a block may have 232448" in found
+    faults = judge(specialize(Tile(128, 128, 256, 4, 2)))
+    assert "spills" in faults and "bytes of shared memory, a block may have 232448" in faults
 
 
 def test_a_kernel_without_tensor_cores_is_caught() -> None:
@@ -133,25 +135,25 @@ def test_a_spill_that_grows_is_caught(tmp_path: Path, monkeypatch: pytest.Monkey
     bytes_now = machine_code.read(spilling).spill_bytes
     assert bytes_now > 0
     file = tmp_path / "tiles.json"
-    for recorded, told in ((bytes_now, ""), (bytes_now - 1, f"spills {bytes_now} bytes a thread")):
+    for recorded, fault in ((bytes_now, ""), (bytes_now - 1, f"spills {bytes_now} bytes a thread")):
         assert spilling.tile is not None
         tiles.write_tiles(file, [TileRow("probe", "sm_90", 32, 128, spilling.tile, recorded)])
-        tiles._table.cache_clear()
+        tiles.table.cache_clear()
         monkeypatch.setenv(tiles.OVERRIDE_VARIABLE, str(file))
-        assert told in judge(spilling)
-        assert ("spills" in judge(spilling)) == bool(told)
+        assert fault in judge(spilling)
+        assert ("spills" in judge(spilling)) == bool(fault)
 
 
 @pytest.fixture(autouse=True)
 def forget_files() -> Iterator[None]:
     yield
-    tiles._table.cache_clear()
+    tiles.table.cache_clear()
 
 
 @pytest.mark.parametrize(
     ("architecture", "registers", "warps", "shared", "tensor_memory", "expected"),
     [
-        # As the vendors' occupancy calculators have it.
+        # What the vendors' occupancy calculators say.
         ("sm_90", 128, 4, 0, 0, (4, "registers")),
         ("sm_90", 129, 4, 0, 0, (3, "registers")),
         ("sm_90", 32, 4, 0, 0, (16, "warps")),
@@ -169,8 +171,8 @@ def forget_files() -> Iterator[None]:
 def test_resident_blocks(
     architecture: str, registers: int, warps: int, shared: int, tensor_memory: int, expected: tuple[int, str]
 ) -> None:
-    found = machine_code.resident_blocks(CHIPS[architecture], registers, warps, shared, tensor_memory)
-    assert found == expected
+    resident = machine_code.resident_blocks(CHIPS[architecture], registers, warps, shared, tensor_memory)
+    assert resident == expected
 
 
 def test_specializations_name_each_argument_once() -> None:

@@ -1,4 +1,4 @@
-"""The table of tiles: keys, defaults, the override file, and what is refused."""
+"""The table of tiles: keys, defaults, the override file, wrong files, and the search for tiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from reformer_kernels.gpu import tile_search, tiles
+from reformer_kernels.gpu import architectures, tile_search, tiles
 from reformer_kernels.gpu.tiles import Tile, TileRow
 
 ROW = TileRow("attention_forward", "sm_90", 16, 64, Tile(32, 128, 64, 8, 3), spill_bytes=0)
@@ -21,22 +21,22 @@ ROW = TileRow("attention_forward", "sm_90", 16, 64, Tile(32, 128, 64, 8, 3), spi
 @pytest.fixture(autouse=True)
 def forget_files() -> Iterator[None]:
     yield
-    tiles._table.cache_clear()
+    tiles.table.cache_clear()
 
 
 def test_shipped_table_is_valid_and_default_rule_covers_every_key() -> None:
     for row in tiles.read_tiles(tiles.SHIPPED):
-        found = tiles.tile(row.kernel, architecture=row.architecture, bits=row.bits, head_dim=row.head_dim)
-        assert found == row.tile
+        tile = tiles.tile(row.kernel, architecture=row.architecture, bits=row.bits, head_dim=row.head_dim)
+        assert tile == row.tile
         assert row.tile.dims <= row.head_dim
-    for architecture in (*tiles.ARCHITECTURES, tiles.INTERPRETER):
+    for architecture in (*architectures.ARCHITECTURES, architectures.INTERPRETER):
         for bits in (16, 32):
             for head_dim in (1, 16, 17, 64, 65, 256):
-                found = tiles.tile("no such kernel", architecture=architecture, bits=bits, head_dim=head_dim)
-                assert found.dims <= tiles.padded_head_dim(head_dim)
+                tile = tiles.tile("no such kernel", architecture=architecture, bits=bits, head_dim=head_dim)
+                assert tile.dims <= tiles.padded_head_dim(head_dim)
 
 
-def test_override_file_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_override_file_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def ask(head_dim: int) -> Tile:
         return tiles.tile("attention_forward", architecture="sm_90", bits=16, head_dim=head_dim)
 
@@ -104,20 +104,22 @@ def test_invalid_files_say_why(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_architectures_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {c: tiles._architecture_of_capability(*c) for c in ((8, 0), (8, 9), (9, 0), (10, 3), (12, 0))}
-    assert list(found.values()) == ["sm_80", "sm_80", "sm_90", "sm_100", "sm_80"]
+    architecture = {
+        c: architectures.architecture_of_capability(*c) for c in ((8, 0), (8, 9), (9, 0), (10, 3), (12, 0))
+    }
+    assert list(architecture.values()) == ["sm_80", "sm_80", "sm_90", "sm_100", "sm_80"]
     with pytest.raises(RuntimeError, match=r"compute capability 8\.0 or higher, this device has 7\.5"):
-        tiles._architecture_of_capability(7, 5)
+        architectures.architecture_of_capability(7, 5)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="got a tensor on cpu"):
-        tiles.architecture_of(torch.device("cpu"))
+        architectures.architecture_of(torch.device("cpu"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert tiles.architecture_of("cpu") == tiles.INTERPRETER
+    assert architectures.architecture_of("cpu") == architectures.INTERPRETER
 
 
 def test_search_walks_to_the_best_neighbour_and_records_spills(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On made-up reports: larger rows are better up to 128, 2 warps would be best and spill, and what fewer
-    keys gain is too little to believe."""
+    """With made-up reports: more rows are better up to 128, 2 warps would be best but spill, and fewer keys
+    gain too little to be believed."""
 
     def inspected(tile: Tile) -> Any:
         spills = 16 if tile.warps == 2 else 0
@@ -132,26 +134,26 @@ def test_search_walks_to_the_best_neighbour_and_records_spills(monkeypatch: pyte
         score = 100 * tile.warps / tile.rows + tile.stages + tile.keys / 1000
         return tile_search.Judged(tile, inspected(tile), score)
 
-    said: list[str] = []
+    lines: list[str] = []
     monkeypatch.setattr(tile_search, "judge", judge)
-    monkeypatch.setattr(tile_search, "_most_spilled", lambda *key: 0)
-    monkeypatch.setattr(tile_search, "_describe", lambda judged: "as judged")
-    row = tile_search.search("some_kernel", "sm_90", 16, 64, evaluations=40, say=said.append)
+    monkeypatch.setattr(tile_search, "most_spilled", lambda *key: 0)
+    monkeypatch.setattr(tile_search, "describe", lambda judged: "as judged")
+    row = tile_search.search("some_kernel", "sm_90", 16, 64, evaluations=40, say=lines.append)
     assert (row.tile.rows, row.tile.warps, row.tile.stages, row.spill_bytes) == (128, 4, 1, 0)
     assert row.tile.keys == tiles.default_tile(architecture="sm_90", bits=16, head_dim=64).keys
     assert row.key == ("some_kernel", "sm_90", 16, 64)
-    assert any("out of resources" in line for line in said)
-    # What spills with another dtype gives way to the next best.
+    assert any("out of resources" in line for line in lines)
+    # A tile that spills with another dtype gives way to the next best.
     spills = {row.tile: 8}
-    monkeypatch.setattr(tile_search, "_most_spilled", lambda *key: spills.get(key[-1], 0))
-    other = tile_search.search("some_kernel", "sm_90", 16, 64, evaluations=40, say=said.append)
+    monkeypatch.setattr(tile_search, "most_spilled", lambda *key: spills.get(key[-1], 0))
+    other = tile_search.search("some_kernel", "sm_90", 16, 64, evaluations=40, say=lines.append)
     assert other.tile != row.tile and other.tile.rows == 128 and other.spill_bytes == 0
     assert (
-        tile_search.search("some_kernel", "sm_90", 32, 64, evaluations=40, say=said.append).spill_bytes == 8
+        tile_search.search("some_kernel", "sm_90", 32, 64, evaluations=40, say=lines.append).spill_bytes == 8
     )
-    # So few compilations do not get there, and a start that is at fault is no answer.
-    few = tile_search.search("some_kernel", "sm_90", 16, 64, evaluations=2, say=said.append)
+    # Two compilations do not reach the best tile. A start that has faults is no answer.
+    few = tile_search.search("some_kernel", "sm_90", 16, 64, evaluations=2, say=lines.append)
     assert few.tile != row.tile
     monkeypatch.setattr(tile_search.tiles, "tile", lambda *a, **k: Tile(128, 64, 64, 2, 1))
-    with pytest.raises(RuntimeError, match="no tile of 1 suits some_kernel on sm_90"):
-        tile_search.search("some_kernel", "sm_90", 16, 64, evaluations=1, say=said.append)
+    with pytest.raises(RuntimeError, match="none of 1 tiles suits some_kernel on sm_90"):
+        tile_search.search("some_kernel", "sm_90", 16, 64, evaluations=1, say=lines.append)

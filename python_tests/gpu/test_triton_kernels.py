@@ -1,4 +1,4 @@
-"""The Triton kernels' numbers, in Triton's interpreter: see triton_cases.py."""
+"""The results of the Triton kernels in Triton's interpreter: runs triton_cases.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("group", ["hash", "attention", "whole"])
 def test_interpreted(group: str) -> None:
-    # A process of its own: the interpreter is chosen when triton is imported.
+    # In a process of its own, as the interpreter is chosen when triton is imported.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "python_tests.gpu.triton_cases", group],

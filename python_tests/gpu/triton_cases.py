@@ -1,8 +1,8 @@
-"""Run as a program with TRITON_INTERPRET=1: the Triton kernels against the references, on the CPU.
+"""The Triton kernels against the references, on the CPU: a program to run with TRITON_INTERPRET=1.
 
 `python -m python_tests.gpu.triton_cases GROUP` runs the cases of a group and prints the name of each as it
-passes. The interpreter runs one program after another, so that races do not show in numbers: `Watch` looks at
-the addresses instead.
+passes. The interpreter runs one program after another, so that races do not show in results. `AddressWatch`
+looks for them in the addresses instead.
 """
 
 from __future__ import annotations
@@ -37,14 +37,13 @@ from python_tests.ops.attention.cases import (
 from python_tests.ops.attention.test_native import RULES
 from reformer_kernels import LSHConfig
 from reformer_kernels import functional as F
+from reformer_kernels._limits import KERNEL_DTYPES
 from reformer_kernels.ops.hash import reference as hash_reference
 from reformer_kernels.testing import TOLERANCE, near_ties
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
-class Watch:
-    """Of every launch: no two programs store to one address, none loads what another one stores.
+class AddressWatch:
+    """Asserts for every launch that no two programs store to one address and none loads what another stores.
 
     Then the order in which programs run cannot change a result, and no store is lost.
     """
@@ -79,8 +78,8 @@ class Watch:
         stored, owners = stored[order], owners[order]
         assert (stored[1:] != stored[:-1]).all(), f"{kernel}: an address is stored twice"
         for program, loaded in self.loads:
-            place = np.searchsorted(stored, loaded).clip(max=len(stored) - 1)
-            foreign = (stored[place] == loaded) & (owners[place] != program)
+            index = np.searchsorted(stored, loaded).clip(max=len(stored) - 1)
+            foreign = (stored[index] == loaded) & (owners[index] != program)
             assert not foreign.any(), f"{kernel}: a program loads what another one stores"
 
 
@@ -89,10 +88,10 @@ def triton_hash(x: Tensor, rotations: Tensor, factors: tuple[int, ...], padding:
 
 
 def hash_equals_reference() -> None:
-    """Every id but those of near-ties, over lengths, sizes, factors (more than one launch's), strides."""
+    """All ids but near-ties are equal, for several lengths, sizes, strides and numbers of factors."""
     for n, ((L, D, factors), dtype) in enumerate(
         itertools.product(
-            [(1, 1, (2,)), (17, 24, (70,)), (5, 129, (6, 8)), (19, 17, (4, 2, 6, 2, 8, 2))], DTYPES
+            [(1, 1, (2,)), (17, 24, (70,)), (5, 129, (6, 8)), (19, 17, (4, 2, 6, 2, 8, 2))], KERNEL_DTYPES
         )
     ):
         x = torch.randn(2, L, 2, D).to(dtype).transpose(1, 2)
@@ -103,8 +102,8 @@ def hash_equals_reference() -> None:
 
 
 def hash_ties_and_non_finite_rows() -> None:
-    """Small integers project without rounding: every id must agree, ties and rows of zeros included."""
-    for dtype, factors in itertools.product(DTYPES, [(34,), (4, 6), (4, 2, 2, 2, 6)]):
+    """Small integers project without rounding, so every id must agree, also for ties and rows of zeros."""
+    for dtype, factors in itertools.product(KERNEL_DTYPES, [(34,), (4, 6), (4, 2, 2, 2, 6)]):
         x = torch.randint(-2, 3, (2, 1, 19, 5)).to(dtype)
         x[0, 0, :3] = 0
         x[0, 0, 3, 2], x[1, 0, 12, 0], x[1, 0, 18, 4] = math.nan, math.inf, -math.inf
@@ -115,7 +114,7 @@ def hash_ties_and_non_finite_rows() -> None:
                 triton_hash(x, rotations, factors, mask),
                 hash_reference.lsh_hash(x, rotations, factors, mask),
             ), (dtype, factors)
-    # Values whose upper bits alone would overflow or lose the sign.
+    # Values whose leading bits alone would overflow or lose the sign.
     x = torch.tensor([[3.3e38, -3.3e38, 1e-38, 65504.0, -0.0]]).T.reshape(1, 1, 5, 1)
     rotations = torch.tensor([0.5, -1.0]).reshape(1, 1, 1, 2)
     assert torch.equal(
@@ -126,30 +125,33 @@ def hash_ties_and_non_finite_rows() -> None:
 def triton_attention(case: Case, q: Tensor, v: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor]:
     layout, seed = case.layout(), torch.tensor(case.seed) if case.dropout_p > 0 else None
     return torch.ops.reformer_kernels.triton_attention(
-        q, k, v, layout.order, layout.bucket_starts, case.key_bias(), seed, case.rule.pack(), case.scale,
+        q, k, v, layout.order, layout.bucket_starts, case.key_bias(), seed, case.rule, case.scale,
         case.dropout_p, *case.key_places(),
     )  # fmt: skip
 
 
 def check(case: Case, dtype: torch.dtype = torch.float32) -> None:
-    """Within 1e-4 of float64 on the same inputs, and where terms cancel within a few times what the reference
-    loses in float32; in 16 bits within 12 roundings."""
+    """Asserts that the kernels are within the tolerance of float64 on the same inputs.
+
+    Where terms cancel in float32, the error may be four times that of the reference in float32. In 16 bits it
+    may be 12 roundings.
+    """
     inputs = case.inputs(dtype)
     expected = solve(case, exact, [x.double() for x in inputs])
-    found = errors(case, solve(case, triton_attention, inputs), expected)
+    measured = errors(case, solve(case, triton_attention, inputs), expected)
     if dtype != torch.float32:
-        assert max(found.values()) <= 12 * torch.finfo(dtype).eps, (case, dtype, found)
-    elif max(found.values()) > TOLERANCE[dtype]:
+        assert max(measured.values()) <= 12 * torch.finfo(dtype).eps, (case, dtype, measured)
+    elif max(measured.values()) > TOLERANCE[dtype]:
         allowed = errors(case, solve(case, exact, inputs), expected)
-        assert all(e <= max(TOLERANCE[dtype], 4 * allowed[n]) for n, e in found.items()), (
+        assert all(e <= max(TOLERANCE[dtype], 4 * allowed[n]) for n, e in measured.items()), (
             case,
-            found,
+            measured,
             allowed,
         )
 
 
 def attention_by_every_rule() -> None:
-    """Several tiles of queries and keys, odd lengths and strides, padding, dropout, lse's gradient."""
+    """Several tiles of queries and keys, odd lengths and strides, padding, dropout, the gradient of lse."""
     for n, (name, rule) in enumerate(RULES.items()):
         case = Case(
             rule, B=2 - n % 2, H=1 + n % 2, R=1 if name == "local" else 2, L=37 - n % 3, D=5 + n, Dv=20 - n,
@@ -161,11 +163,11 @@ def attention_by_every_rule() -> None:
 
 
 def attention_around_the_ring() -> None:
-    """Ranges that meet their own round again, with buckets compared pair by pair and without."""
+    """Ranges that come back to their own round, with a bucket mask and without."""
     for mask in (True, False):
         rule = rule_of(ring=True, chunk_length=10, chunks_before=3, chunks_after=1, bucket_mask=mask)
         check(Case(rule, R=2 - mask, L=18, D=4, Dv=3, n_buckets=2, dropout_p=0.3))
-    # Rounds whose length is no multiple of four, and no multiple of the chunk.
+    # Rounds whose length is a multiple neither of four nor of the chunk.
     check(
         Case(
             rule_of(ring=True, chunk_length=7, bucket_mask=False, causal=True), R=3, L=19, D=3, dropout_p=0.5
@@ -187,7 +189,7 @@ def attention_of_keys_sorted_apart() -> None:
 
 
 def attention_in_every_width() -> None:
-    """Head sizes of one number, of no power of two, and so large that products take slices."""
+    """Head dimensions of 1, of no power of two, and so large that products are split."""
     for n, (D, Dv) in enumerate([(1, 1), (1, 200), (129, 33), (65, 256)]):
         rule = rule_of(causal=n % 2 == 0, key_norm=n % 3)
         check(Case(rule, L=19, R=2, D=D, Dv=Dv, separate=n == 3, padding="some", scale=D**-0.5))
@@ -211,39 +213,39 @@ def attention_of_hostile_values() -> None:
     dirty = [x.masked_fill(mask[:, None, :, None], math.nan) for x in clean]
     for a, b in zip(triton_attention(case, *dirty), triton_attention(case, *clean), strict=True):
         assert torch.equal(a, b) and a.isfinite().all()
-    # Overflowed logits are not an empty row, and NaN stays.
+    # A row whose logits overflow is not an empty row, and NaN stays NaN.
     case = dataclasses.replace(case, padding="none", R=1)
     for q, k in ((1e30, -1e30), (1e30, 1e30), (math.nan, 1.0)):
         out, lse = triton_attention(case, clean[0] * 0 + q, clean[1], clean[2] * 0 + k)
         assert out.isnan().all() and lse.isnan().all()
-    # Short keys: in float16 a gradient divided by their norms would leave the range on the way.
-    for dtype, norm in itertools.product(DTYPES, (1, 2)):
+    # With short keys, a float16 gradient divided by their norms would overflow on the way.
+    for dtype, norm in itertools.product(KERNEL_DTYPES, (1, 2)):
         case = Case(rule_of(key_norm=norm, bucket_mask=False), L=18, D=8, Dv=8, R=2)
-        found = []
+        results = []
         for precision, call in ((torch.float64, exact), (dtype, triton_attention)):
             q, v = (x.to(dtype) for x in case.inputs(torch.float64))
             q[:, :, ::3] *= 0 if norm == 1 else 1e-2
             q[:, :, 1::3] *= 1e-3
             leaves = [q.to(precision).requires_grad_(), v.to(precision).requires_grad_()]
             out, lse = call(case, *leaves, None)
-            found.append(torch.autograd.grad(out.double().sum() * 100 + lse.double().sum(), leaves))
-        for expected, gradient in zip(*found, strict=True):
+            results.append(torch.autograd.grad(out.double().sum() * 100 + lse.double().sum(), leaves))
+        for expected, gradient in zip(*results, strict=True):
             assert not gradient.isnan().any() and gradient[expected.abs() < 3e4].isfinite().all(), (
                 dtype,
                 norm,
             )
-    # Entries that are no position make no address.
+    # Entries of the order that are no position never become an address.
     case = Case(rule_of(), L=20, D=4, Dv=4, R=2)
     layout = case.layout()
     order = layout.order.clone()
     order[..., ::3], order[..., 1::3] = 2**31 - 1, -5
     q, v = case.inputs(torch.float32)
-    arguments = (q, None, v, order, layout.bucket_starts, None, None, case.rule.pack(), 1.0, 0.0)
+    arguments = (q, None, v, order, layout.bucket_starts, None, None, case.rule, 1.0, 0.0)
     torch.ops.reformer_kernels.triton_attention(*arguments)
 
 
 def attention_of_random_problems() -> None:
-    """As the native kernels' random tests, cut to what the interpreter can do in a blink."""
+    """The random problems of the native kernels, cut to sizes that the interpreter computes quickly."""
 
     def small(case: Case) -> Case:
         cut = {"B": 1, "H": min(case.H, 2), "R": min(case.R, 3), "L": case.L % 40 + 1}
@@ -251,9 +253,9 @@ def attention_of_random_problems() -> None:
         if case.key_length is not None:
             cut["key_length"] = case.key_length % 60 + 1
         rule = case.rule
-        if rule.ring:  # counts duplicates over all pairs of rounds and turns
+        if rule.ring:  # duplicates are counted over all pairs of rounds
             cut["R"] = min(case.R, 2)
-            rule = dataclasses.replace(rule, chunk_length=max(8, rule.chunk_length))
+            rule = rule._replace(chunk_length=max(8, rule.chunk_length))
         return shrunk(dataclasses.replace(case, rule=rule, **cut))
 
     examples = settings(
@@ -275,9 +277,9 @@ def attention_of_random_problems() -> None:
 
 
 def public_functions() -> None:
-    """Hash, sort and attend by backend="triton" as by the reference, with gradients."""
+    """Public functions with backend="triton" agree with the reference, and so do gradients."""
     for config in (LSHConfig.paper(n_hashes=2, chunk_length=8), LSHConfig.trax(chunk_length=8, causal=True)):
-        found = []
+        results = []
         for backend in ("triton", "reference"):
             leaves = [torch.randn(1, 2, 21, 8, generator=_generator(n)).requires_grad_() for n in range(2)]
             out, lse = F.lsh_attention(
@@ -286,12 +288,12 @@ def public_functions() -> None:
             )  # fmt: skip
             finite = lse.isfinite()
             loss = out.square().sum() + lse[finite].sum()
-            found.append([out, lse[finite], *torch.autograd.grad(loss, leaves)])
-        for a, b in zip(*found, strict=True):
+            results.append([out, lse[finite], *torch.autograd.grad(loss, leaves)])
+        for a, b in zip(*results, strict=True):
             assert_close(a, b, 1e-5)
     q, k, v = (torch.randn(1, 2, 30, 8, generator=_generator(n)) for n in range(3))
     for backend in ("triton", "reference"):
-        found.append(
+        results.append(
             [
                 F.local_attention(q, k, v, chunk_length=8, ring=True, backend=backend),
                 F.lsh_cross_attention(
@@ -300,7 +302,7 @@ def public_functions() -> None:
                 ),
             ]
         )  # fmt: skip
-    for a, b in zip(*found[2:], strict=True):
+    for a, b in zip(*results[2:], strict=True):
         assert_close(a, b, 1e-5)
 
 
@@ -312,7 +314,7 @@ def operators_keep_their_contract() -> None:
     case = Case(rule_of(), L=18, D=4, Dv=5)
     q, v = (x.requires_grad_() for x in case.inputs(torch.float32))
     layout = case.layout()
-    arguments = (q, None, v, layout.order, layout.bucket_starts, None, None, case.rule.pack(), 1.0, 0.0)
+    arguments = (q, None, v, layout.order, layout.bucket_starts, None, None, case.rule, 1.0, 0.0)
     torch.library.opcheck(torch.ops.reformer_kernels.triton_attention.default, arguments)
     x, rotations = torch.randn(1, 1, 18, 4), torch.randn(1, 4, 1, 128)
     torch.library.opcheck(torch.ops.reformer_kernels.triton_lsh_hash.default, (x, rotations, [], 16, None))
@@ -333,11 +335,11 @@ GROUPS = {
 
 
 if __name__ == "__main__":
-    # numpy, under the interpreter, tells of overflow and of operations on NaN.
+    # The interpreter's numpy warns of overflow and of operations on NaN.
     warnings.simplefilter("ignore", RuntimeWarning)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-    Watch()
+    AddressWatch()
     for case in GROUPS[sys.argv[1]]:
         torch.manual_seed(0)
         case()

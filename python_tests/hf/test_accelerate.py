@@ -113,7 +113,7 @@ def test_models_equal_the_original(
     original = make(kind, **options)
     ours = copy.deepcopy(original).to(DTYPE[backend])
     done = hf.accelerate(ours, backend=backend)
-    assert len(done.replaced) == len(layers_of(ours)) and not done.left
+    assert len(done.replaced) == len(layers_of(ours)) and not done.kept
     ids, mask = tokens(2, length), call.get("mask")
     inputs: dict[str, Any] = {"attention_mask": None if mask is None else mask.long()}
     hashes, training = call.get("num_hashes"), not call.get("eval")
@@ -262,12 +262,12 @@ def test_the_report_and_wrong_use(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     whole[3].forward = whole[3].forward
     done = hf.accelerate(whole)
-    assert done.replaced == ("0",) and list(done.left) == ["1", "2", "3"]
-    assert str(done).splitlines()[0] == "1 layers accelerated, 3 left"
+    assert done.replaced == ("0",) and list(done.kept) == ["1", "2", "3"]
+    assert str(done).splitlines()[0] == "replaced 1, kept 3"
     assert (
-        "replaced on the object" in done.left["3"]
-        and "Own" in done.left["1"]
-        and "257" in done.left["2"]
+        "replaced on the object" in done.kept["3"]
+        and "Own" in done.kept["1"]
+        and "257" in done.kept["2"]
         and type(whole[1]) is Own
     )
     assert hf.accelerate(peer.LocalSelfAttention(config())).replaced == ("",)
@@ -278,8 +278,8 @@ def test_the_report_and_wrong_use(monkeypatch: pytest.MonkeyPatch) -> None:
         hf.accelerate(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="backend must be one of"):
         hf.accelerate(whole, backend="fast")
-    monkeypatch.delitem(sys.modules, "reformer_kernels.hf.layers")
-    monkeypatch.delattr(hf, "layers")
+    monkeypatch.delitem(sys.modules, "reformer_kernels.hf.accelerated_layers")
+    monkeypatch.delattr(hf, "accelerated_layers")
     monkeypatch.setitem(sys.modules, "transformers.models.reformer", None)
     with pytest.raises(ImportError, match="pip install transformers"):
         hf.accelerate(whole)

@@ -158,8 +158,8 @@ def test_cached_generation_equals_the_model_s_own() -> None:
 def test_saved_and_loaded_and_checked(tmp_path: Path) -> None:
     source, target, _, _ = sides()
     model = model_of().eval()
-    model.save(tmp_path / "model.pt")
-    again = ReformerEncoderDecoder.load(tmp_path / "model.pt").eval()
+    model.save(tmp_path / "model")
+    again = ReformerEncoderDecoder.load(tmp_path / "model").eval()
     assert torch.equal(again(source, target), model(source, target))
     for encoder, decoder, message in [
         (dataclasses.replace(ENCODER, causal=True), DECODER, "the encoder must have causal=False"),

@@ -13,9 +13,8 @@ from torch import Tensor
 from python_tests.helpers import assert_close, padding_mask
 from reformer_kernels import LSHConfig, ReformerConfig, ReformerLM
 from reformer_kernels import functional as F
-from reformer_kernels.models import caches as decoding
 from reformer_kernels.models.generation import Decoder, beam_search, choose
-from reformer_kernels.modules import LocalSelfAttention, LSHSelfAttention
+from reformer_kernels.modules import LocalSelfAttention, LSHSelfAttention, caches
 from reformer_kernels.testing import normal
 
 BUCKET = LSHConfig(n_hashes=3, chunk_length=4, window="bucket")
@@ -45,7 +44,7 @@ def tokens_of(batch: int, length: int, seed: int = 0) -> Tensor:
 @pytest.fixture(autouse=True)
 def _often_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches that merge every few tokens, so that short sequences go through every state."""
-    monkeypatch.setattr(decoding, "MERGE_EVERY", 7)
+    monkeypatch.setattr(caches, "MERGE_EVERY", 7)
 
 
 @pytest.mark.parametrize(
@@ -116,13 +115,13 @@ def test_chunk_windows_are_those_of_the_prefix(rule: str, lengths: tuple[int, in
         """All outputs of the prefix, by the reference."""
         return layer_call(layer, x[row : row + 1, :length], frozen, rotations)[0]
 
-    caches = []
+    alone = []
     for row, length in enumerate(lengths):
         cache = layer.make_cache(total)
         out = layer.decode(x[row : row + 1, :length], cache)
         assert_close(out[0], anew(row, length))
-        caches.append(cache)
-    joined = type(caches[0]).joined(caches)
+        alone.append(cache)
+    joined = type(alone[0]).joined(alone)
     at = torch.tensor(lengths)
     while int(at.max()) < total:
         out = layer.decode(x[torch.arange(2), at][:, None], joined)
@@ -310,7 +309,7 @@ def test_beams_run_on_while_they_can_become_better() -> None:
     assert beam_search(script, script.logits(), 5, 2, 1.0, {2})[0].tolist() == [0, 2]
 
 
-def test_wrong_use_is_told() -> None:
+def test_wrong_use_is_refused() -> None:
     model, prompt = lm(), tokens_of(2, 5)
     for options, message in [
         ({"max_new_tokens": 0}, "max_new_tokens must be"),

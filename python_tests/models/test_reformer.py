@@ -401,7 +401,7 @@ def test_configurations_go_through_plain_dictionaries() -> None:
         Reformer(config.to_dict())  # type: ignore[arg-type]
 
 
-def test_wrong_input_is_told() -> None:
+def test_wrong_input_is_refused() -> None:
     model = lm().eval()
     for wrong, error, message in [
         (torch.zeros(3, dtype=torch.int64), ValueError, "one sequence is"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import pickle
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from python_tests.helpers import assert_close, gradients, padding_mask
 from reformer_kernels import LSHConfig, MultiheadAttention, ReversibleSequence, functional
-from reformer_kernels.modules import attention_inputs as _attention_inputs
+from reformer_kernels.modules import attention_masks
 from reformer_kernels.testing import normal
 
 E, H, N = 16, 2, 3
@@ -60,7 +61,7 @@ def inputs(
     batched: bool = True,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """query, key and value of `module`; one tensor for S None, and a module that takes one."""
+    """query, key and value for `module`: a single tensor if S is None and the module takes one."""
 
     def make(length: int, size: int, seed: int) -> Tensor:
         x = normal(N, length, size, dtype=dtype, seed=seed)
@@ -74,7 +75,7 @@ def inputs(
 
 
 def masks(L: int, S: int, kind: str, batched: bool) -> dict[str, Any]:
-    """Arguments of forward, by a name that says what they are."""
+    """Mask arguments of `forward`, by the name of their kind."""
     lengths = [S, S - 2, 1]
     padding = padding_mask(lengths, S) if batched else padding_mask([S - 2], S)[0]
     some = normal(L, S, seed=4)
@@ -270,6 +271,18 @@ def test_extra_keys_are_dropped_out_too() -> None:
     assert nearest.values.max() < 1e-10 and set(nearest.indices.tolist()) == {0, 1, 2, 3}
 
 
+def test_the_scale_holds_for_extra_keys_too() -> None:
+    """Doubled logits equal doubled queries."""
+    options = {"batch_first": True, "add_bias_kv": True, "add_zero_attn": True}
+    config = dataclasses.replace(ALL_SEEN, scale=2 * (E // H) ** -0.5)
+    theirs, ours = pair(**options, config=config, full_attention_threshold=0, fallback="raise")
+    with torch.no_grad():
+        theirs.in_proj_weight[:E] *= 2
+        theirs.in_proj_bias[:E] *= 2
+    x = inputs(theirs, 20, None)[0]
+    assert_close(ours(x, x, x, need_weights=False)[0], theirs(x, x, x, need_weights=False)[0])
+
+
 # Masks are never ignored
 
 
@@ -297,11 +310,11 @@ def test_a_mask_that_is_not_the_causal_one_is_honoured_or_refused() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (9, 9), (9, 4), (4, 9), (6, 9, 9)])
-def test_the_causal_mask_is_told_from_others(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_attention_inputs, "MASK_BLOCK", 3 * shape[-1])
+def test_the_causal_mask_is_recognised(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_masks, "MASK_BLOCK", 3 * shape[-1])
     causal = torch.ones(shape, dtype=torch.bool).triu(1)
     additive = torch.zeros(shape).masked_fill(causal, float("-inf"))
-    is_causal_mask = _attention_inputs.is_causal_mask
+    is_causal_mask = attention_masks.is_causal_mask
     assert is_causal_mask(causal) and is_causal_mask(additive)
     assert len(shape) == 2 or is_causal_mask(causal[:1].expand(shape))
     for index in itertools.product(*(range(n) for n in shape)):
@@ -316,18 +329,18 @@ def test_the_causal_mask_is_told_from_others(shape: tuple[int, ...], monkeypatch
 
 def test_a_mask_is_read_once_and_again_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
-    real = _attention_inputs._hides_later_keys
-    monkeypatch.setattr(_attention_inputs, "_hides_later_keys", lambda mask: reads.append(1) or real(mask))
+    real = attention_masks._hides_later_keys
+    monkeypatch.setattr(attention_masks, "_hides_later_keys", lambda mask: reads.append(1) or real(mask))
     mask = torch.ones(9, 9, dtype=torch.bool).triu(1)
-    assert all(_attention_inputs.is_causal_mask(mask) for _ in range(3)) and len(reads) == 1
+    assert all(attention_masks.is_causal_mask(mask) for _ in range(3)) and len(reads) == 1
     mask[0, 0] = True
-    assert not _attention_inputs.is_causal_mask(mask) and len(reads) == 2
+    assert not attention_masks.is_causal_mask(mask) and len(reads) == 2
     mask[0, 0] = False
-    assert _attention_inputs.is_causal_mask(mask) and len(reads) == 3
-    assert not _attention_inputs.is_causal_mask(mask.logical_not()) and len(reads) == 4
+    assert attention_masks.is_causal_mask(mask) and len(reads) == 3
+    assert not attention_masks.is_causal_mask(mask.logical_not()) and len(reads) == 4
     with torch.inference_mode():
         mask = mask.clone()
-        assert all(_attention_inputs.is_causal_mask(mask) for _ in range(2)) and len(reads) == 6
+        assert all(attention_masks.is_causal_mask(mask) for _ in range(2)) and len(reads) == 6
 
 
 # Wrong use
@@ -368,7 +381,7 @@ def test_what_torch_refuses_is_refused(tensors: dict[str, Any], options: dict[st
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"config": {"n_hashes": 2}}, TypeError, "config must be an LSHConfig, got dict"),
+        ({"config": {"n_hashes": 2}}, TypeError, "config must be an LSHConfig, .*got dict"),
         ({"config": LSHConfig(causal=True)}, ValueError, "each call says whether it is causal"),
         ({"full_attention_threshold": -1}, ValueError, "full_attention_threshold must be an integer in 0"),
         ({"shared_qk": 1}, ValueError, "shared_qk must be True or False"),

@@ -48,7 +48,7 @@ def test_axial_shapes_hold_the_length_and_are_even() -> None:
         shape = axial_shape(length, axes)
         assert len(shape) == axes and math.prod(shape) >= length
         smaller = [side - 1 for side in shape]
-        assert math.prod(smaller) < length  # no side is larger than it need be, all being even
+        assert math.prod(smaller) < length  # no side could be smaller
         assert max(shape) - min(shape) <= 2 or axes == 1 or length < 10
     assert axial_shape(65536) == (256, 256) and axial_shape(4096, 3) == (16, 16, 16)
     table = AxialPositionalEmbedding(7, 1000, axes=3)
@@ -58,8 +58,8 @@ def test_axial_shapes_hold_the_length_and_are_even() -> None:
 
 def test_axial_errors() -> None:
     for options, message in [
-        ({}, "give max_length or shape"),
-        ({"max_length": 4, "shape": (2, 2)}, "give max_length or shape"),
+        ({}, "give either max_length or shape"),
+        ({"max_length": 4, "shape": (2, 2)}, "give either max_length or shape"),
         ({"max_length": 0}, "max_length must be a positive integer"),
         ({"shape": (2, 0)}, "each of shape must be a positive integer"),
         ({"shape": (2, 2), "dims": (4, 5)}, "sum to d_model 8"),
@@ -122,4 +122,4 @@ def test_rotary_turns_pairs_and_keeps_distances() -> None:
         y = normal(1, 1, length, 8, dtype=dtype).requires_grad_()
         assert torch.equal(rotary(y), rotary(y, torch.arange(length)))
         rotary(y).sum().backward()
-    assert pickle.loads(pickle.dumps(rotary))._kept is None
+    assert pickle.loads(pickle.dumps(rotary))._cached is None

@@ -76,7 +76,7 @@ def test_encoders_never_compute_past_the_module(
         expected = plain(x, src_key_padding_mask=padding)
         for options, kind, same in ((SPARSE, "lsh", False), (ALL_SEEN, "lsh", True), (EXACT, "full", True)):
             model = copy.deepcopy(plain)
-            assert len(replace_attention(model, **options).swapped) == LAYERS
+            assert len(replace_attention(model, **options).replaced) == LAYERS
             calls.clear()
             out = model(x, src_key_padding_mask=padding)
             assert calls == [kind] * LAYERS
@@ -88,7 +88,7 @@ def test_encoders_never_compute_past_the_module(
 
 
 @pytest.mark.parametrize("options", [SPARSE, EXACT])
-def test_built_in_rather_than_swapped(options: dict[str, Any], calls: list[str]) -> None:
+def test_built_in_rather_than_replaced(options: dict[str, Any], calls: list[str]) -> None:
     one = layer()
     one.self_attn = MultiheadAttention(E, H, batch_first=True, dtype=torch.float64, **options)
     with warnings.catch_warnings():
@@ -128,7 +128,7 @@ def test_encoder_decoder_models(batch_first: bool, training: bool, calls: list[s
     plain = nn.Transformer(E, H, 1, 2, 24, dropout=0.0, batch_first=batch_first, dtype=torch.float64)
     model = copy.deepcopy(plain.train(training))
     report = replace_attention(model, **ALL_SEEN, fallback="raise")
-    assert len(report.swapped) == 5 and not report.left
+    assert len(report.replaced) == 5 and not report.kept
     source, target = (torch.randn(3, n, E, dtype=torch.float64) for n in (30, 20))
     if not batch_first:
         source, target = source.transpose(0, 1), target.transpose(0, 1)
@@ -176,10 +176,10 @@ class Zoo(nn.Module):
             self.scripted = torch.jit.script(nn.MultiheadAttention(E, H))
 
 
-def test_what_is_swapped_and_what_is_left() -> None:
+def test_what_is_replaced_and_what_is_kept() -> None:
     model = Zoo()
     report = replace_attention(model, **SPARSE)
-    assert report.swapped == ("first", "inner.a.1")
+    assert report and report.replaced == ("first", "inner.a.1")
     reasons = {
         "special": "a subclass, .*Special, which may compute something else",
         "parametrised": "a subclass, .*Parametrized",
@@ -187,19 +187,23 @@ def test_what_is_swapped_and_what_is_left() -> None:
         "large": "at most 256, not 514",
         "scripted": "compiled by TorchScript",
     }
-    assert list(report.left) == list(reasons)
+    assert list(report.kept) == list(reasons)
     for name, reason in reasons.items():
-        assert re.search(reason, report.left[name])
-        assert f"  {name}: {report.left[name]}" in str(report)
+        assert re.search(reason, report.kept[name])
+        assert f"  {name}: kept, {report.kept[name]}" in str(report)
     assert str(report).startswith(
-        "replaced 2 nn.MultiheadAttention\n  first\n  inner.a.1\nleft 5 as they are"
+        "replaced 2, kept 5\n  first: replaced\n  inner.a.1: replaced\n  special: kept, "
     )
     assert model.first is model.again and type(model.first) is MultiheadAttention
     assert type(model.special) is not MultiheadAttention and type(model.large) is nn.MultiheadAttention
     again = replace_attention(model, full_attention_threshold=7)
-    assert again.swapped == () and again.left["first"] == "already a reformer_kernels.MultiheadAttention"
+    assert (
+        not again
+        and again.replaced == ()
+        and again.kept["first"] == "already a reformer_kernels.MultiheadAttention"
+    )
     assert model.first.full_attention_threshold == 0
-    assert str(replace_attention(nn.Linear(2, 2))) == "no nn.MultiheadAttention found"
+    assert str(replace_attention(nn.Linear(2, 2))) == "replaced 0, kept 0"
 
 
 def test_the_objects_stay_the_same() -> None:
@@ -244,7 +248,7 @@ def test_the_root_itself_dtype_and_device() -> None:
     for dtype, device in ((torch.bfloat16, "cpu"), (torch.float64, "meta")):
         root = nn.MultiheadAttention(E, H, dtype=dtype, device=device)
         report = replace_attention(root, shared_qk=True, seed=3)
-        assert report.swapped == ("",) and "(the model itself)" in str(report)
+        assert report.replaced == ("",) and "(the model itself)" in str(report)
         assert type(root) is MultiheadAttention and root.shared_qk and root.seed == 3
         assert root.full_attention_threshold == 0 and root.fallback == "raise"
         assert root.in_proj_weight.dtype == dtype and root.in_proj_weight.device.type == device
@@ -259,10 +263,10 @@ def test_a_predicate_chooses() -> None:
         return name.startswith("layers.1")
 
     report = replace_attention(model, predicate=choose)
-    assert report.swapped == ("layers.1.self_attn",)
-    assert report.left == {"layers.0.self_attn": "the predicate left it out"}
+    assert report.replaced == ("layers.1.self_attn",)
+    assert report.kept == {"layers.0.self_attn": "the predicate left it out"}
     assert seen == [(f"layers.{n}.self_attn", nn.MultiheadAttention) for n in range(2)]
-    # Half swapped, the encoder's own nested tensors reach both kinds.
+    # Half replaced, the encoder's own nested tensors reach both kinds.
     x = torch.randn(3, LENGTH, E, dtype=torch.float64)
     padding = padding_mask([LENGTH, 25, 9], LENGTH)
     with torch.no_grad():
@@ -275,7 +279,7 @@ def test_a_predicate_chooses() -> None:
 def test_extra_keys_have_no_shared_form() -> None:
     model = nn.ModuleList([nn.MultiheadAttention(E, H, add_bias_kv=True), nn.MultiheadAttention(E, H)])
     report = replace_attention(model, shared_qk=True)
-    assert report.swapped == ("1",) and "shared_qk has no form of add_bias_kv" in report.left["0"]
+    assert report.replaced == ("1",) and "shared_qk has no form of add_bias_kv" in report.kept["0"]
 
 
 @pytest.mark.parametrize(

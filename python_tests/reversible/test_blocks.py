@@ -1,4 +1,4 @@
-"""ReversibleSequence against the same blocks run ordinarily: numbers, autocast, random state, buffers."""
+"""ReversibleSequence against the same blocks on an ordinary graph: numbers, random state, buffers."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from python_tests.reversible.cases import (
     weigh,
 )
 from reformer_kernels.benchmarks.allocations import peak_allocated
+from reformer_kernels.reversible import remember
 from reformer_kernels.reversible.blocks import ReversibleBlock, ReversibleSequence
-from reformer_kernels.reversible.recomputation import remember
 
 # Numbers
 
@@ -327,7 +327,7 @@ def test_functional_call() -> None:
     x = streams()
 
     def loss(call: Any) -> Tensor:
-        # Not leaves: as a hypernetwork gives them.
+        # Not leaves, like the parameters that a hypernetwork computes.
         return weigh(call({name: 2 * value for name, value in values.items()}))
 
     inputs = [x, *values.values()]
@@ -446,7 +446,7 @@ def test_memory_does_not_grow_with_depth(residual: Any) -> None:
         )
         weigh(layers(x)).backward()  # allocates the parameters' gradients
         peaks.append(peak_allocated(lambda layers=layers: weigh(layers(x)).backward()))
-    # What grows: two random-number states of 5 KB a block.
+    # What grows is two states of the random number generator, 5 KB each, for each block.
     assert peaks[1] - 9 * 2 * 5200 <= 1.1 * peaks[0], peaks
     peaks.append(peak_allocated(lambda: weigh(layers.plain(x)).backward()))
     assert peaks[2] > 2 * peaks[1], peaks

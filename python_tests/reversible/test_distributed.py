@@ -70,7 +70,7 @@ def model(**settings: Any) -> Model:
 
 
 def trained_alone(start: Model, data: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Parameters and last gradients after a step on each whole batch, by the ordinary graph."""
+    """Parameters and last gradients after one step on each whole batch, with the ordinary graph."""
     reference = copy.deepcopy(start)
     reference.is_ordinary = True
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)

@@ -104,7 +104,7 @@ def test_exception_leaves_nothing_damaged(call: int, part: str) -> None:
     assert_same(gradients(lambda: weigh(layers(x)), inputs), expected)
     if call == 2:  # the graph whose backward failed is intact too
         (y,) = results
-        assert y.grad_fn.next_functions[0][0].run._slot is None
+        assert y.grad_fn.next_functions[0][0].run._rebuilt is None
         again = torch.autograd.grad(weigh(y), inputs)
         assert_same((expected[0], list(again)), expected)
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from python_tests.reversible.cases import D, feed_forward, streams, weigh
-from reformer_kernels import Layout, LSHConfig, _dispatch
-from reformer_kernels.modules.attention import LSHSelfAttention
+from reformer_kernels import Layout, LSHConfig
+from reformer_kernels.functional import attention, hashing
+from reformer_kernels.modules import LSHSelfAttention
 from reformer_kernels.modules.feed_forward import ChunkedFeedForward
 from reformer_kernels.reversible.blocks import ReversibleSequence
 
@@ -47,7 +48,7 @@ def reformer(depth: int, width: int = 16, dropout: float = 0.1, **settings: Any)
 
 
 def inputs_seen(layers: ReversibleSequence, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """What each f and g got in forward, and in the recomputation, in forward's order."""
+    """The inputs of each f and g in forward and in the recomputation, both in forward's order."""
     seen: list[Tensor] = []
     handles = [
         part.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().clone()))
@@ -79,13 +80,14 @@ def test_float_mode_with_lsh_attention_equals_ordinary(settings: dict[str, Any])
 
 def test_layouts_are_kept_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[int] = []
-    original = _dispatch.make_layout
+    original = hashing.make_layout
 
     def counted(qk: Tensor, *rest: Any) -> Layout:
         hashed.append(1)
         return original(qk, *rest)
 
-    monkeypatch.setattr(_dispatch, "make_layout", counted)
+    for module in (attention, hashing):  # which attention and `lsh_layout` call it from
+        monkeypatch.setattr(module, "make_layout", counted)
     for keep, expected in ((True, 2), (False, 4)):
         hashed.clear()
         weigh(reformer(2, keep_layouts=keep)(torch.randn(2, 40, 32, requires_grad=True))).backward()
@@ -203,7 +205,7 @@ def test_flag_is_raised_at_the_next_step_or_by_check(backend: str, value: float,
     ) as error:
         layers.check()
     assert "cpu" in str(error.value)
-    layers.check()  # told once
+    layers.check()  # raises once
     layers(bad)
     with pytest.raises(FloatingPointError, match="in an earlier step"):
         layers(good)

@@ -47,7 +47,7 @@ def test_second_backward() -> None:
     first = torch.autograd.grad(weigh(y), inputs, retain_graph=True)
     again = torch.autograd.grad(weigh(y), inputs, retain_graph=True)
     assert all(map(torch.equal, first, again))
-    # One output after the other, then both at once once more.
+    # One output after the other, then both together.
     y1, y2 = layers(x.chunk(2, -1))
     parts = [torch.autograd.grad(weigh(y), inputs, retain_graph=True, allow_unused=True) for y in (y1, y2)]
     both = torch.autograd.grad(weigh(y1) + weigh(y2), inputs)
@@ -132,7 +132,7 @@ def test_memory_is_freed_without_the_garbage_collector(finished: bool) -> None:
         loss = weigh(y1) + weigh(y2)
         if finished:
             loss.backward()
-            assert run()._slot is None
+            assert run()._rebuilt is None
             assert run()._hold is None
         del y1, y2, loss, node
         assert run() is None
@@ -140,13 +140,13 @@ def test_memory_is_freed_without_the_garbage_collector(finished: bool) -> None:
         gc.enable()
 
 
-def test_slot_is_freed_when_lower_blocks_are_frozen() -> None:
+def test_rebuilt_streams_are_freed_when_lower_blocks_are_frozen() -> None:
     layers = sequence(4)
     layers.blocks[:2].requires_grad_(False)
     y = layers(streams().detach())
     run = y.grad_fn.next_functions[0][0].run
     weigh(y).backward(retain_graph=True)
-    assert run._slot is None
+    assert run._rebuilt is None
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from reformer_kernels.benchmarks.allocations import peak_allocated
 from reformer_kernels.benchmarks.steps import Row, Step, compare
 from reformer_kernels.config import LSHConfig
-from reformer_kernels.functional.chunked import linear_cross_entropy
-from reformer_kernels.modules.attention import LSHSelfAttention
+from reformer_kernels.functional import linear_cross_entropy
+from reformer_kernels.modules import LSHSelfAttention
 from reformer_kernels.modules.feed_forward import ChunkedFeedForward
 from reformer_kernels.reversible.blocks import ReversibleSequence
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from reformer_kernels.benchmarks.steps import Row, Step, compare
 from reformer_kernels.config import LSHConfig
+from reformer_kernels.models import ReformerLM
 from reformer_kernels.models.config import LayerKind, ReformerConfig
-from reformer_kernels.models.reformer import ReformerLM
 from reformer_kernels.modules.multihead_attention import MultiheadAttention
 from reformer_kernels.modules.replace import replace_attention
 

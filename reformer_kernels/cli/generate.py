@@ -11,31 +11,30 @@ import torch
 import typer
 
 from reformer_kernels.cli.arguments import INTERRUPTED, positive, printable, usage_error
-from reformer_kernels.models import ReformerLM
-from reformer_kernels.models.files import CheckpointError
-from reformer_kernels.training.language_model import VOCABULARY
+from reformer_kernels.models import CheckpointError, ReformerLM
+from reformer_kernels.training.byte_model import VOCABULARY
 
 
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A file that `reformer-kernels train` saved.")],
-    prompt: Annotated[str, typer.Option(help="What the model goes on from.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A folder that `reformer-kernels train` saved.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
     length: Annotated[int, typer.Option(help="Bytes to write.")] = 300,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest byte each time.")] = 0.8,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest byte each time.")] = 0.8,
     top_k: Annotated[
-        int | None, typer.Option(help="Draw among so many bytes only.", show_default="all")
+        int | None, typer.Option(help="Draw among the k likeliest bytes only.", show_default="all")
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(help="Draw among those that hold this share of the chances.", show_default="1"),
+        typer.Option(help="Draw among the likeliest bytes with this total probability.", show_default="1"),
     ] = None,
-    beams: Annotated[int, typer.Option(help="Beam search with so many; needs temperature 0.")] = 1,
+    beams: Annotated[int, typer.Option(help="Beams of beam search; above 1 it needs temperature 0.")] = 1,
     hashes: Annotated[int | None, typer.Option(help="Hash rounds.", show_default="as in training")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's number")] = None,
 ) -> None:
     """Write the prompt and the model's continuation, byte by byte; the speed goes to standard error.
 
-    A byte costs the same however long the text before it is. Ctrl-C stops with exit code 130.
+    Each byte takes the same time, however long the text before it is. Ctrl-C stops with exit code 130.
     """
     for name, value in (("--length", length), ("--beams", beams), ("--top-k", top_k), ("--hashes", hashes)):
         if value is not None:
@@ -60,7 +59,7 @@ def generate(
     count = 0
     try:
         if beams > 1:
-            (found,) = model.generate(
+            (continuation,) = model.generate(
                 tokens,
                 length,
                 beams=beams,
@@ -69,9 +68,9 @@ def generate(
                 top_p=top_p,
                 n_hashes=hashes,
             )
-            pieces = iter(found)
+            new_bytes = iter(continuation)
         else:
-            pieces = model.stream(
+            new_bytes = model.stream(
                 tokens,
                 length,
                 temperature=temperature,
@@ -80,8 +79,8 @@ def generate(
                 n_hashes=hashes,
                 generator=torch.Generator().manual_seed(seed),
             )
-        for piece in pieces:
-            typer.echo(printable(decoder.decode(bytes([int(piece)]))), nl=False)
+        for byte in new_bytes:
+            typer.echo(printable(decoder.decode(bytes([int(byte)]))), nl=False)
             count += 1
     except ValueError as error:
         typer.echo("")

@@ -1,4 +1,4 @@
-"""`reformer-kernels inspect`: the machine code of the GPU kernels, with no GPU present."""
+"""`reformer-kernels inspect`: the machine code of the GPU kernels, compiled with no GPU present."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from reformer_kernels._files import write_atomically
-from reformer_kernels._limits import MAX_HEAD_DIM
+from reformer_kernels._limits import KERNEL_DTYPES, MAX_HEAD_DIM
 from reformer_kernels.benchmarks import machine
-from reformer_kernels.benchmarks.problem import DTYPES
 from reformer_kernels.cli.arguments import (
     choices,
     integers,
@@ -26,12 +25,12 @@ from reformer_kernels.cli.arguments import (
     writable_file,
 )
 from reformer_kernels.gpu import cost_model, machine_code
+from reformer_kernels.gpu.architectures import ARCHITECTURES, CHIPS
 from reformer_kernels.gpu.machine_code import Inspected, Request
-from reformer_kernels.gpu.specialization import OPERATIONS, OPTIONS
-from reformer_kernels.gpu.tiles import ARCHITECTURES
+from reformer_kernels.gpu.specializations import HEAD_DIMS, OPERATIONS, OPTIONS
 
 SCHEMA = 1
-FLOOR_DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in KERNEL_DTYPES}
 
 
 def inspect(
@@ -42,36 +41,40 @@ def inspect(
         str | None,
         typer.Option(help=f"Operations: {', '.join(OPERATIONS)}.", show_default="all"),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the tensors, separated by commas.")] = ",".join(FLOOR_DTYPES),
-    head_dim: Annotated[str, typer.Option(help="Head sizes, separated by commas.")] = "32,64,128,256",
+    dtype: Annotated[str, typer.Option(help="Dtypes of the tensors, separated by commas.")] = ",".join(
+        DTYPES
+    ),
+    head_dim: Annotated[str, typer.Option(help="Head dimensions, separated by commas.")] = ",".join(
+        map(str, HEAD_DIMS)
+    ),
     options: Annotated[
-        str, typer.Option(help="off: the least asked of a kernel; all: its options together.")
+        str, typer.Option(help="off: the least that a kernel can do; all: all of its options at once.")
     ] = "off,all",
-    heads: Annotated[int, typer.Option(help="For the predicted time: batch times heads.")] = 8,
-    seq_len: Annotated[int, typer.Option(help="For the predicted time: length.")] = 16384,
-    hashes: Annotated[int, typer.Option(help="For the predicted time: rounds.")] = 4,
-    chunk: Annotated[int, typer.Option(help="For the predicted time: chunk length.")] = 64,
+    heads: Annotated[int, typer.Option(help="Batch times heads, for the predicted time.")] = 8,
+    seq_len: Annotated[int, typer.Option(help="Sequence length, for the predicted time.")] = 16384,
+    hashes: Annotated[int, typer.Option(help="Hash rounds, for the predicted time.")] = 4,
+    chunk: Annotated[int, typer.Option(help="Chunk length, for the predicted time.")] = 64,
     processes: Annotated[
-        int | None, typer.Option(help="Compilers at work at once.", show_default="cores")
+        int | None, typer.Option(help="Processes that compile at once.", show_default="cores")
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write all as JSON.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Write everything to a JSON file.")
     ] = None,
 ) -> None:
-    """Compile every Triton kernel and show what became of it: registers, spills, tensor cores, loads.
+    """Compile every Triton kernel and show its machine code: registers, spills, tensor cores, loads.
 
-    No GPU is needed. What a kernel must not do (spill, miss the tensor cores, load narrowly, take too much
-    shared memory) is named, and then the exit code is 1. Times are predicted from bytes and products.
+    No GPU is needed. Faults of a kernel (spills, products without tensor cores, narrow loads, too much shared
+    memory) are listed, and then the exit code is 1. Times are predicted from bytes and products.
     """
-    architectures = _some("--arch", choices("--arch", arch, ARCHITECTURES))
-    operations = OPERATIONS if op is None else _some("--op", choices("--op", op, OPERATIONS))
+    architectures = _at_least_one("--arch", arch, ARCHITECTURES)
+    operations = OPERATIONS if op is None else _at_least_one("--op", op, OPERATIONS)
     requests = [
         Request(architecture, DTYPES[name], size, level, (operation,))
         for architecture in architectures
         for operation in operations
-        for name in _some("--dtype", choices("--dtype", dtype, FLOOR_DTYPES))
+        for name in _at_least_one("--dtype", dtype, tuple(DTYPES))
         for size in integers("--head-dim", head_dim)
-        for level in _some("--options", choices("--options", options, OPTIONS))
+        for level in _at_least_one("--options", options, OPTIONS)
     ]
     for request in requests:
         positive("--head-dim", request.head_dim, most=MAX_HEAD_DIM)
@@ -88,9 +91,9 @@ def inspect(
         raise usage_error(f"kernels cannot be compiled here: {reason}")
     inspected: list[Inspected] = []
     with Console(stderr=True).status("compiling") as status:
-        for number, found in enumerate(machine_code.inspect_all(requests, workers), start=1):
-            inspected += found
-            status.update(f"compiling: {number} of {len(requests)}")
+        for done, kernels in enumerate(machine_code.inspect_all(requests, workers), start=1):
+            inspected += kernels
+            status.update(f"compiling: {done} of {len(requests)}")
     floors = [
         _floor(operation, architecture, dataclasses.replace(shape, head_dim=size, bits=bits))
         for architecture in architectures
@@ -119,25 +122,26 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _some(name: str, values: tuple[str, ...]) -> tuple[str, ...]:
+def _at_least_one(name: str, text: str, accepted: Sequence[str]) -> tuple[str, ...]:
+    values = choices(name, text, accepted)
     if not values:
-        raise usage_error(f"{name} must name at least one")
+        raise usage_error(f"{name} must name at least one of {', '.join(accepted)}")
     return values
 
 
 def _floor(operation: str, architecture: str, shape: cost_model.Shape) -> dict[str, Any]:
-    rates = cost_model.RATES[architecture]
-    found = cost_model.floor(operation, shape, rates)
+    rates = CHIPS[architecture].rates
+    floor = cost_model.floor(operation, shape, rates)
     return {
         "operation": operation,
         "architecture": architecture,
         "device": rates.device,
         "rates": "measured" if rates.measured else "data sheet",
         **dataclasses.asdict(shape),
-        "bytes": found.bytes,
-        "operations": found.operations,
-        "predicted_seconds": found.seconds,
-        "bound_by": found.bound,
+        "bytes": floor.bytes,
+        "operations": floor.operations,
+        "predicted_seconds": floor.seconds,
+        "bound_by": floor.bound,
     }
 
 
@@ -158,12 +162,11 @@ def _code_table(architecture: str, inspected: Sequence[Inspected]) -> Table:
             table.add_section()
         first = previous != (code.kernel, code.dtype)
         previous = (code.kernel, code.dtype)
-        tile = code.tile
         table.add_row(
             *((code.kernel, code.dtype) if first else ("", "")),
             str(code.head_dim),
             code.options,
-            f"{tile.rows}x{tile.keys}x{tile.dims} w{tile.warps} s{tile.stages}" if tile else f"w{code.warps}",
+            str(code.tile or f"w{code.warps}"),
             *map(str, (code.registers, code.spill_bytes, code.shared_bytes, code.resident_blocks)),
             f"{100 * code.occupancy:.0f} %",
             code.limited_by,
@@ -175,7 +178,7 @@ def _code_table(architecture: str, inspected: Sequence[Inspected]) -> Table:
 
 
 def _floor_table(architecture: str, shape: cost_model.Shape, floors: Sequence[dict[str, Any]]) -> Table:
-    rates = cost_model.RATES[architecture]
+    rates = CHIPS[architecture].rates
     basis = "measured rates" if rates.measured else "the data sheet's rates"
     table = Table(
         title=f"Predicted least time on an {rates.device} at {basis}: {shape.heads} heads, "

@@ -26,9 +26,9 @@ from reformer_kernels.cli.arguments import (
     usage_error,
     writable_file,
 )
-from reformer_kernels.config import LSHConfig, sees_all
+from reformer_kernels.config import LSHConfig
 from reformer_kernels.layout import Layout
-from reformer_kernels.ops.attention.reference import normalise_keys
+from reformer_kernels.rule import normalise_keys
 
 CLUSTERS = ("even", "uneven")
 CAUSALITIES = {"causal": True, "both": False}
@@ -193,7 +193,7 @@ def measure(heads: Heads, windows: Sequence[int], hashes: Sequence[int], causal:
                 layout = functional.lsh_cross_layout(heads.q, heads.k, config, seed=SEED)
                 cursor = cursor_recall(heads.q, heads.k, config, layout, full)
                 unmasked = dataclasses.replace(config, window="chunks", attend_across_buckets=True)
-                if not sees_all(unmasked, heads.k.shape[2]):  # there the layout is another
+                if not unmasked.sees_all_keys(heads.k.shape[2]):  # there the layout is another
                     across = cursor_recall(heads.q, heads.k, unmasked, layout, full)
                 equal_rank = equal_rank_recall(heads.q, heads.k, config, layout, full)
             if heads.qk is not None and shared_full is not None:

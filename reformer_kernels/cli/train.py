@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import signal
 import time
@@ -15,10 +16,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text as RichText
 
+from reformer_kernels._limits import MAX_HEAD_DIM
 from reformer_kernels.cli.arguments import (
     INTERRUPTED,
     live_backend,
@@ -26,13 +29,13 @@ from reformer_kernels.cli.arguments import (
     positive,
     printable,
     usage_error,
-    writable_file,
 )
+from reformer_kernels.training.checkpoint import Recipe, read_checkpoint
 from reformer_kernels.training.text import TextError, load_text
-from reformer_kernels.training.trainer import CheckpointError, DivergedError, Recipe, Trainer, read_checkpoint
+from reformer_kernels.training.trainer import DivergedError, Trainer
 
 CHANGEABLE = ("steps", "lr")
-"""What a resumed run may change of its recipe."""
+"""The parts of its recipe that a resumed run may change."""
 
 SHORT_EVALUATION = 4
 LONG_EVALUATION = 16
@@ -41,7 +44,7 @@ SMOOTHING = 0.9
 
 
 class Interrupt:
-    """Whether Ctrl-C was pressed. A second press raises KeyboardInterrupt at once."""
+    """Remembers whether Ctrl-C was pressed. A second press raises KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
         self.pressed = False
@@ -49,7 +52,7 @@ class Interrupt:
     def __call__(self) -> bool:
         return self.pressed
 
-    def handle(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, signal_number: int, frame: FrameType | None) -> None:
         if self.pressed:
             raise KeyboardInterrupt
         self.pressed = True
@@ -80,12 +83,12 @@ def train(
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.", show_default="0.01")] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of weights, text order and hashing.", show_default="0")
+        int | None, typer.Option(help="Seed of weights, text order and hashing.", show_default="0")
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Save here, at each evaluation and at the end.")
+        Path | None, typer.Option(metavar="FOLDER", help="Save here, at each evaluation and at the end.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations on held-out text.")] = 50,
     sample_length: Annotated[int, typer.Option(help="Bytes to write at the end; 0 for none.")] = 300,
@@ -94,8 +97,8 @@ def train(
 ) -> None:
     """Train a byte-level language model with LSH attention.
 
-    Ctrl-C finishes the step, saves a checkpoint (to FILE, or to a new file in this folder) and leaves with
-    exit code 130; the same command with --resume goes on, with the same losses as a run never stopped.
+    Ctrl-C finishes the step, saves a checkpoint (to FOLDER, or to a new folder here) and exits with code 130.
+    The same command with --resume continues, with the same losses as a run that was never stopped.
     """
     options: dict[str, Any] = {
         "steps": steps,
@@ -116,28 +119,32 @@ def train(
     if not 0 <= (seed or 0) < 2**40:
         raise usage_error(f"--seed must be from 0 to 2**40 - 1, got {seed}")
     live_backend(backend, "cpu", torch.float32)
-    writable_file("--checkpoint", checkpoint)
+    if checkpoint is not None:
+        _check_folder(checkpoint)
     if threads is not None:
         torch.set_num_threads(positive("--threads", threads))
 
     console = new_console()
     try:
         trainer = _make_trainer(text, given, checkpoint, resume, overwrite, backend)
-    except (TextError, CheckpointError) as error:
+    except (TextError, ValueError) as error:  # ValueError: a checkpoint or a size that is not accepted
         raise usage_error(str(error)) from error
     console.print(
         f"{trainer.parameters / 1e6:.1f} million parameters; {trainer.text.size / 1e6:.1f} MB of text "
         f"({trainer.text.name}), {trainer.text.held_out.numel() / 1e6:.1f} MB of it held out",
         highlight=False,
+        markup=False,
     )
+    if trainer.note is not None:
+        console.print(trainer.note, highlight=False)
     if resume:
-        console.print(f"Resuming {checkpoint} after step {trainer.step}.", highlight=False)
+        console.print(f"Resuming {checkpoint} after step {trainer.step}.", highlight=False, markup=False)
     interrupt = Interrupt()
     try:
         with interrupt.watch():
             finished = _run(trainer, console, checkpoint, eval_every, sample_length, interrupt)
-    except DivergedError as error:
-        console.print(f"[red]Stopped:[/] {error}.", highlight=False)
+    except (DivergedError, OSError) as error:
+        console.print(f"[red]Stopped:[/] {escape(str(error))}.", highlight=False)
         raise typer.Exit(1) from error
     if not finished:
         raise typer.Exit(INTERRUPTED)
@@ -151,38 +158,43 @@ def _make_trainer(
     overwrite: bool,
     backend: str,
 ) -> Trainer:
-    state = None
     if resume:
         if checkpoint is None:
-            raise CheckpointError("--resume needs --checkpoint FILE, the file to go on from")
-        recipe, state = read_checkpoint(checkpoint)
+            raise usage_error("--resume needs --checkpoint FOLDER, the folder to continue from")
+        saved = read_checkpoint(checkpoint)
         for name, value in given.items():
-            saved = getattr(recipe, name)
-            if name not in CHANGEABLE and value != saved:
+            old = getattr(saved.recipe, name)
+            if name not in CHANGEABLE and value != old:
                 flag = "--" + name.replace("_", "-")
-                raise CheckpointError(
-                    f"{checkpoint} was trained with {flag} {saved}, got {flag} {value}; leave it out"
+                raise usage_error(
+                    f"{checkpoint} was trained with {flag} {old}, got {flag} {value}; leave it out"
                 )
-        recipe = dataclasses.replace(recipe, **given)
-        if state["step"] >= recipe.steps:
-            raise CheckpointError(
-                f"{checkpoint} has finished its {recipe.steps} steps; give a larger --steps to go on"
+        recipe = dataclasses.replace(saved.recipe, **given)
+        if saved.step >= recipe.steps:
+            raise usage_error(
+                f"{checkpoint} has finished its {recipe.steps} steps; give a larger --steps to continue"
             )
-    else:
-        if checkpoint is not None and checkpoint.exists() and not overwrite:
-            raise CheckpointError(
-                f"{checkpoint} exists; go on from it with --resume or replace it with --overwrite"
-            )
-        recipe = Recipe(**given)
-    if recipe.dim % recipe.heads or recipe.dim // recipe.heads > 256:
-        raise CheckpointError(
-            f"--dim must be a multiple of --heads, at most 256 times it, got --dim {recipe.dim} "
+        return Trainer.resume(checkpoint, load_text(text, recipe.seq_len), recipe=recipe, backend=backend)
+    if checkpoint is not None and checkpoint.exists() and any(checkpoint.iterdir()) and not overwrite:
+        raise usage_error(
+            f"{checkpoint} exists and is not empty; continue from it with --resume or replace the checkpoint "
+            "in it with --overwrite"
+        )
+    recipe = Recipe(**given)
+    if recipe.dim % recipe.heads or recipe.dim // recipe.heads > MAX_HEAD_DIM:
+        raise usage_error(
+            f"--dim must be a multiple of --heads, at most {MAX_HEAD_DIM} times it, got --dim {recipe.dim} "
             f"and --heads {recipe.heads}"
         )
-    trainer = Trainer(recipe, load_text(text, recipe.seq_len), backend)
-    if state is not None and checkpoint is not None:
-        trainer.restore(state, checkpoint)
-    return trainer
+    return Trainer(recipe, load_text(text, recipe.seq_len), backend)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse at once, before minutes of work, a checkpoint folder that could not be written."""
+    if folder.exists() and not folder.is_dir():
+        raise usage_error(f"--checkpoint must name a folder, got the file {folder}")
+    if not folder.absolute().parent.is_dir():
+        raise usage_error(f"--checkpoint: the folder {folder.absolute().parent} does not exist")
 
 
 def _run(
@@ -193,7 +205,7 @@ def _run(
     sample_length: int,
     interrupt: Interrupt,
 ) -> bool:
-    """Train to the end; False where Ctrl-C ended it first."""
+    """Train to the end. Returns whether it was reached, which Ctrl-C prevents."""
     recipe = trainer.recipe
     before = trainer.evaluate(SHORT_EVALUATION, interrupt)
     console.print(f"step {trainer.step:>6}  held-out {before:.3f} bits per byte", highlight=False)
@@ -225,11 +237,14 @@ def _run(
                     highlight=False,
                 )
                 if checkpoint is not None:
-                    trainer.save(checkpoint)
+                    try:
+                        _save(trainer, checkpoint)
+                    except OSError as error:  # the next evaluation may find room again
+                        progress.console.print(f"[red]Not saved:[/] {escape(str(error))}.", highlight=False)
     if interrupt():
         return _leave(trainer, console, checkpoint)
     if checkpoint is not None:
-        trainer.save(checkpoint)
+        _save(trainer, checkpoint)
     after = trainer.evaluate(LONG_EVALUATION, interrupt)
     console.print(
         f"step {trainer.step:>6}  held-out {after:.3f} bits per byte "
@@ -243,18 +258,46 @@ def _run(
         sample = RichText(printable(prompt), style="dim").append(printable(written), style="not dim bold")
         console.print(Panel(sample, title="held-out text, then the model's own", title_align="left"))
     if checkpoint is not None:
-        console.print(f"Saved {checkpoint}", highlight=False)
+        console.print(f"Saved {checkpoint}", highlight=False, markup=False)
     return True
 
 
 def _leave(trainer: Trainer, console: Console, checkpoint: Path | None) -> bool:
-    if checkpoint is None:
-        checkpoint = Path(time.strftime("reformer-train-%Y%m%d-%H%M%S.pt"))
-    trainer.save(checkpoint)
+    folder = _new_folder() if checkpoint is None else checkpoint
+    try:
+        _save(trainer, folder)
+    except OSError:
+        if checkpoint is None:
+            folder.rmdir()
+        raise
     console.print(
-        f"Stopped after step {trainer.step} of {trainer.recipe.steps}; saved {checkpoint}. "
-        f"Go on with: reformer-kernels train --checkpoint {checkpoint} --resume (and the same text)",
+        f"Stopped after step {trainer.step} of {trainer.recipe.steps}; saved {folder}. "
+        f"Continue with: reformer-kernels train --checkpoint {folder} --resume (and the same text)",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     return False
+
+
+def _new_folder() -> Path:
+    """A new folder here whose name no other run has, not even one that stops in the same second."""
+    name = time.strftime("reformer-train-%Y%m%d-%H%M%S")
+    for attempt in itertools.count(1):
+        folder = Path(name if attempt == 1 else f"{name}-{attempt}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        break
+    return folder
+
+
+def _save(trainer: Trainer, folder: Path) -> None:
+    """Save a checkpoint. Raises OSError, which says where, why and what is left."""
+    try:
+        trainer.save(folder)
+    except OSError as error:
+        raise OSError(
+            f"cannot save the checkpoint to {folder} ({error.strerror or error}); an older one there is whole"
+        ) from error

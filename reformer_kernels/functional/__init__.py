@@ -17,10 +17,21 @@ captured in a CUDA graph.
 `torch.manual_seed` reproduces a run.
 """
 
-from reformer_kernels.functional.attention import attend, local_attention, lsh_attention
-from reformer_kernels.functional.chunked import chunked_feed_forward, linear_cross_entropy
-from reformer_kernels.functional.cross_attention import lsh_cross_attention, lsh_cross_layout
-from reformer_kernels.functional.hashing import bucket_sort, lsh_hash, lsh_layout, sample_rotations
+from reformer_kernels.functional.attention import (
+    attend,
+    local_attention,
+    lsh_attention,
+    lsh_cross_attention,
+)
+from reformer_kernels.functional.feed_forward import chunked_feed_forward
+from reformer_kernels.functional.hashing import (
+    bucket_sort,
+    lsh_cross_layout,
+    lsh_hash,
+    lsh_layout,
+    sample_rotations,
+)
+from reformer_kernels.functional.loss import linear_cross_entropy
 
 __all__ = [
     "attend",

@@ -1,75 +1,75 @@
-"""Attention over sorted orders: shared query-keys, and local attention."""
+"""Attention over sorted orders: with shared query-keys, with keys of their own, and within positions."""
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 from torch import Tensor
 
-from reformer_kernels import _dispatch
-from reformer_kernels._backend import resolve_backend
 from reformer_kernels._checks import (
     check_config,
     check_dropout,
     check_layout,
+    check_layout_pair,
     check_padding,
     check_qkv,
     check_rotations,
+    check_separate_qkv,
 )
-from reformer_kernels._random import Seed, resolve_seed
-from reformer_kernels.config import (
-    LSHConfig,
-    check_flag,
-    check_scale,
-    local_config,
-    resolve_rule,
-    resolve_scale,
+from reformer_kernels._random import Seed
+from reformer_kernels.call import cross_attention_call, self_attention_call
+from reformer_kernels.config import LSHConfig, check_flag
+from reformer_kernels.functional.hashing import (
+    LayoutPair,
+    layout_by_position,
+    make_cross_layout,
+    make_layout,
 )
 from reformer_kernels.layout import Layout
+from reformer_kernels.ops.attention.op import attention
+from reformer_kernels.rule import local_attention_config
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    class _Options(TypedDict, total=False):
+        """The keyword arguments that all functions here share, for the overloads by `return_lse`."""
+
+        key_padding_mask: Tensor | None
+        dropout_p: float
+        seed: Seed
+        backend: str
+
+    class _AttendOptions(_Options, total=False):
+        k: Tensor | None
+
+    class _LSHOptions(_Options, total=False):
+        rotations: Tensor | None
+        layout: Layout | None
+
+    class _CrossOptions(_Options, total=False):
+        rotations: Tensor | None
+        layout: LayoutPair | None
+
+    class _LocalOptions(_Options, total=False):
+        chunk_length: int
+        chunks_before: int
+        chunks_after: int
+        causal: bool
+        ring: bool
+        scale: float | None
 
 
 @overload
 def attend(
-    q: Tensor,
-    v: Tensor,
-    layout: Layout,
-    config: LSHConfig,
-    *,
-    k: Tensor | None = ...,
-    key_padding_mask: Tensor | None = ...,
-    dropout_p: float = ...,
-    seed: Seed = ...,
-    backend: str = ...,
-    return_lse: Literal[False] = ...,
-) -> Tensor: ...
+    q: Tensor, v: Tensor, layout: Layout, config: LSHConfig,
+    *, return_lse: Literal[False] = ..., **options: Unpack[_AttendOptions],
+) -> Tensor: ...  # fmt: skip
 @overload
 def attend(
-    q: Tensor,
-    v: Tensor,
-    layout: Layout,
-    config: LSHConfig,
-    *,
-    k: Tensor | None = ...,
-    key_padding_mask: Tensor | None = ...,
-    dropout_p: float = ...,
-    seed: Seed = ...,
-    backend: str = ...,
-    return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
-@overload
-def attend(
-    q: Tensor,
-    v: Tensor,
-    layout: Layout,
-    config: LSHConfig,
-    *,
-    k: Tensor | None = ...,
-    key_padding_mask: Tensor | None = ...,
-    dropout_p: float = ...,
-    seed: Seed = ...,
-    backend: str = ...,
-    return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]: ...
+    q: Tensor, v: Tensor, layout: Layout, config: LSHConfig,
+    *, return_lse: Literal[True], **options: Unpack[_AttendOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attend(
     q: Tensor,
     v: Tensor,
@@ -101,59 +101,26 @@ def attend(
     """
     check_config(config)
     q, v, k = check_qkv(q, v, k)
-    padding = check_padding(key_padding_mask, q)
+    mask = check_padding(key_padding_mask, q)
     check_layout(layout, q, config.rounds(q.shape[2]))
     check_dropout(dropout_p)
     check_flag("return_lse", return_lse)
-    rule = resolve_rule(config, q.shape[2], shared_qk=k is None)
-    scale = resolve_scale(config.scale, q.shape[-1])
-    backend = resolve_backend(backend, q.device, q.dtype)
-    out, lse = _dispatch.attend_layout(q, k, v, layout, padding, rule, scale, dropout_p, seed, backend)
+    call = self_attention_call(
+        config, q, shared_qk=k is None, mask=mask, dropout_p=dropout_p, seed=seed, backend=backend
+    )
+    out, lse = attention(q, k, v, layout, call)
     return (out, lse) if return_lse else out
 
 
 @overload
 def lsh_attention(
-    qk: Tensor,
-    v: Tensor,
-    config: LSHConfig,
-    *,
-    rotations: Tensor | None = ...,
-    layout: Layout | None = ...,
-    key_padding_mask: Tensor | None = ...,
-    dropout_p: float = ...,
-    seed: Seed = ...,
-    backend: str = ...,
-    return_lse: Literal[False] = ...,
-) -> Tensor: ...
+    qk: Tensor, v: Tensor, config: LSHConfig,
+    *, return_lse: Literal[False] = ..., **options: Unpack[_LSHOptions],
+) -> Tensor: ...  # fmt: skip
 @overload
 def lsh_attention(
-    qk: Tensor,
-    v: Tensor,
-    config: LSHConfig,
-    *,
-    rotations: Tensor | None = ...,
-    layout: Layout | None = ...,
-    key_padding_mask: Tensor | None = ...,
-    dropout_p: float = ...,
-    seed: Seed = ...,
-    backend: str = ...,
-    return_lse: Literal[True],
+    qk: Tensor, v: Tensor, config: LSHConfig, *, return_lse: Literal[True], **options: Unpack[_LSHOptions]
 ) -> tuple[Tensor, Tensor]: ...
-@overload
-def lsh_attention(
-    qk: Tensor,
-    v: Tensor,
-    config: LSHConfig,
-    *,
-    rotations: Tensor | None = ...,
-    layout: Layout | None = ...,
-    key_padding_mask: Tensor | None = ...,
-    dropout_p: float = ...,
-    seed: Seed = ...,
-    backend: str = ...,
-    return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]: ...
 def lsh_attention(
     qk: Tensor,
     v: Tensor,
@@ -180,7 +147,7 @@ def lsh_attention(
     """
     check_config(config)
     qk, v, _ = check_qkv(qk, v, None, names=("qk", "v", "k"))
-    padding = check_padding(key_padding_mask, qk)
+    mask = check_padding(key_padding_mask, qk)
     check_dropout(dropout_p)
     check_flag("return_lse", return_lse)
     if rotations is not None:
@@ -189,71 +156,109 @@ def lsh_attention(
         check_rotations(rotations, qk, width=config.rotation_width, rounds=config.n_hashes)
     if layout is not None:
         check_layout(layout, qk, config.rounds(qk.shape[2]))
-    backend = resolve_backend(backend, qk.device, qk.dtype)
-    if dropout_p > 0 or (layout is None and rotations is None and not config.is_short(qk.shape[2])):
-        seed = resolve_seed(seed)
-    if layout is None:
-        layout = _dispatch.make_layout(qk, config, rotations, seed, padding, backend)
-    rule = resolve_rule(config, qk.shape[2])
-    scale = resolve_scale(config.scale, qk.shape[-1])
-    out, lse = _dispatch.attend_layout(qk, None, v, layout, padding, rule, scale, dropout_p, seed, backend)
+    call = self_attention_call(
+        config,
+        qk,
+        mask=mask,
+        dropout_p=dropout_p,
+        seed=seed,
+        draws_rotations=layout is None and rotations is None,
+        backend=backend,
+    )
+    out, lse = attention(qk, None, v, layout or make_layout(qk, call, rotations), call)
+    return (out, lse) if return_lse else out
+
+
+@overload
+def lsh_cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, config: LSHConfig,
+    *, return_lse: Literal[False] = ..., **options: Unpack[_CrossOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def lsh_cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, config: LSHConfig,
+    *, return_lse: Literal[True], **options: Unpack[_CrossOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def lsh_cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: LSHConfig,
+    *,
+    rotations: Tensor | None = None,
+    layout: LayoutPair | None = None,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Seed = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LSH attention of queries over other keys: self-attention with separate q and k, or cross-attention.
+
+    out_i = sum_j p_ij v_j, p_i = softmax over the keys j that i sees in any round of
+    scale * q_i . k_j - log N_ij, N_ij as in `attend`.
+
+    Queries and keys are hashed with the same rotations and sorted apart, each by (bucket, position). The
+    cursor c of query i is the number of sorted keys that are not after (its bucket, floor(i * L_k / L_q));
+    (its bucket, i) if causal. With w = config.window_size it sees the keys at ranks [c - w, c) if causal,
+    else [c - floor(w / 2), c + ceil(w / 2)), cut to its own bucket unless config.attend_across_buckets.
+    config.causal: key j is seen only if j <= i, positions of queries and keys being counted alike, as
+    `scaled_dot_product_attention(is_causal=True)` does, also where L_q and L_k differ. At most w keys
+    (window "chunks") are not hashed: every query sees all of them, as in full attention.
+
+    Keys are used as they are, and config.scale None means D ** -0.5, as in ordinary attention, so that
+    weights trained with full attention serve. config.key_norm, which belongs to shared query-keys, and
+    config.ring are not read; the chunks count for w alone. window "bucket" masks buckets and never skips
+    the hashing.
+
+    q (B, H, L_q, D); k (B, H, L_k, D); v (B, H, L_k, Dv).
+    rotations (H or 1, D, n_hashes, config.rotation_width) float32, else drawn from `seed`; or layout, a pair
+    as `lsh_cross_layout` makes it for these shapes.
+    key_padding_mask (B, L_k) bool, True = padding: not seen, read as zeros. Or float: added to the logits of
+    its keys, -inf = padding; it carries no gradient. dropout_p, seed, backend, return_lse: as in
+    `lsh_attention`.
+
+    -> out (B, H, L_q, Dv) in the inputs' dtype; with `return_lse` also lse (B, H, L_q) float32 (float64 for
+    float64). A query that sees nothing: 0 and -inf.
+
+    >>> q, k, v = torch.randn(1, 2, 100, 32), torch.randn(1, 2, 400, 32), torch.randn(1, 2, 400, 32)
+    >>> lsh_cross_attention(q, k, v, LSHConfig(n_hashes=2), seed=0, backend="reference").shape
+    torch.Size([1, 2, 100, 32])
+    """
+    check_config(config)
+    q, k, v = check_separate_qkv(q, k, v, own_key_length=True)
+    mask = check_padding(key_padding_mask, k)
+    check_dropout(dropout_p)
+    check_flag("return_lse", return_lse)
+    if rotations is not None:
+        if layout is not None:
+            raise ValueError("give rotations or a layout, got both; a layout is already hashed and sorted")
+        check_rotations(rotations, q, width=config.rotation_width, rounds=config.n_hashes)
+    if layout is not None:
+        check_layout_pair(layout, q, k, rounds=1 if config.sees_all_keys(k.shape[2]) else config.n_hashes)
+    call = cross_attention_call(
+        config,
+        q,
+        k,
+        mask=mask,
+        dropout_p=dropout_p,
+        seed=seed,
+        draws_rotations=layout is None and rotations is None,
+        backend=backend,
+    )
+    queries, keys = layout or make_cross_layout(q, k, call, rotations)
+    out, lse = attention(q, k, v, queries, call, keys)
     return (out, lse) if return_lse else out
 
 
 @overload
 def local_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    chunk_length: int = ...,
-    chunks_before: int = ...,
-    chunks_after: int = ...,
-    causal: bool = ...,
-    ring: bool = ...,
-    scale: float | None = ...,
-    key_padding_mask: Tensor | None = ...,
-    dropout_p: float = ...,
-    seed: Seed = ...,
-    backend: str = ...,
-    return_lse: Literal[False] = ...,
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[_LocalOptions]
 ) -> Tensor: ...
 @overload
 def local_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    chunk_length: int = ...,
-    chunks_before: int = ...,
-    chunks_after: int = ...,
-    causal: bool = ...,
-    ring: bool = ...,
-    scale: float | None = ...,
-    key_padding_mask: Tensor | None = ...,
-    dropout_p: float = ...,
-    seed: Seed = ...,
-    backend: str = ...,
-    return_lse: Literal[True],
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[_LocalOptions]
 ) -> tuple[Tensor, Tensor]: ...
-@overload
-def local_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    chunk_length: int = ...,
-    chunks_before: int = ...,
-    chunks_after: int = ...,
-    causal: bool = ...,
-    ring: bool = ...,
-    scale: float | None = ...,
-    key_padding_mask: Tensor | None = ...,
-    dropout_p: float = ...,
-    seed: Seed = ...,
-    backend: str = ...,
-    return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]: ...
 def local_attention(
     q: Tensor,
     k: Tensor,
@@ -281,17 +286,16 @@ def local_attention(
     arguments and the results are those of `attend`; a query that sees nothing gets 0, lse -inf.
     """
     check_flag("ring", ring)
-    # Checks what it shares with this function, under the same names.
-    config = local_config(chunk_length, chunks_before, chunks_after, causal=causal, ring=ring)
-    check_scale(scale)
-    q, v, k_ = check_qkv(q, v, k, k_required=True)
-    padding = check_padding(key_padding_mask, q)
+    # The configuration checks what it shares with this function, under the same names.
+    config = local_attention_config(
+        chunk_length, chunks_before, chunks_after, causal=causal, ring=ring, scale=scale
+    )
+    q, k, v = check_separate_qkv(q, k, v)
+    mask = check_padding(key_padding_mask, q)
     check_dropout(dropout_p)
     check_flag("return_lse", return_lse)
-    backend = resolve_backend(backend, q.device, q.dtype)
-    rule = resolve_rule(config, q.shape[2], shared_qk=False)
-    layout = _dispatch.layout_by_position(q)
-    out, lse = _dispatch.attend_layout(
-        q, k_, v, layout, padding, rule, resolve_scale(scale, q.shape[-1]), dropout_p, seed, backend
+    call = self_attention_call(
+        config, q, shared_qk=False, mask=mask, dropout_p=dropout_p, seed=seed, backend=backend
     )
+    out, lse = attention(q, k, v, layout_by_position(q), call)
     return (out, lse) if return_lse else out

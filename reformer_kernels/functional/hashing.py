@@ -1,4 +1,4 @@
-"""Hashing and sorting: the first half of LSH attention."""
+"""Hashing and sorting: the functions that make layouts."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reformer_kernels import _autocast, _dispatch
+from reformer_kernels import _autocast
 from reformer_kernels._backend import resolve_backend, resolve_sort_backend
 from reformer_kernels._checks import (
     check_config,
     check_padding,
+    check_qkv,
     check_rotations,
     check_rows,
     check_size,
@@ -20,14 +21,15 @@ from reformer_kernels._checks import (
 )
 from reformer_kernels._limits import MAX_HEAD_DIM, MAX_LENGTH
 from reformer_kernels._random import Seed, resolve_seed
-from reformer_kernels.config import (
-    LSHConfig,
-    check_factors,
-    check_flag,
-    check_integer,
-)
+from reformer_kernels.call import AttentionCall, cross_attention_call, is_padding, self_attention_call
+from reformer_kernels.config import LSHConfig, check_factors, check_flag, check_integer
 from reformer_kernels.layout import Layout
+from reformer_kernels.ops.hash import op as hash_op
 from reformer_kernels.ops.hash import rotations as hash_rotations
+from reformer_kernels.ops.sort import op as sort_op
+
+LayoutPair = tuple[Layout, Layout]
+"""The queries' and the keys' layout, where keys are sorted apart from the queries."""
 
 
 def sample_rotations(
@@ -67,9 +69,10 @@ def lsh_hash(
     """
     factors = check_factors(bucket_factors)
     x = _autocast.cast(check_rows("x", x))
-    padding = check_padding(key_padding_mask, x)
+    mask = check_padding(key_padding_mask, x)
     check_rotations(rotations, x, width=sum(factors) // 2)
-    return _dispatch.hash_rows(x, rotations, factors, 0, padding, resolve_backend(backend, x.device, x.dtype))
+    padding = None if mask is None else is_padding(mask)
+    return hash_op.lsh_hash(x, rotations, factors, padding, resolve_backend(backend, x.device, x.dtype))
 
 
 def bucket_sort(buckets: Tensor, n_buckets: int, backend: str = "auto") -> Tensor:
@@ -90,7 +93,7 @@ def bucket_sort(buckets: Tensor, n_buckets: int, backend: str = "auto") -> Tenso
     # Clamped before it narrows, so that an int64 id cannot wrap around.
     ids = buckets.clamp(0, n_buckets - 1).to(torch.int32)
     segments = ids.reshape(math.prod(ids.shape[:-1]), 1, 1, ids.shape[-1])
-    return _dispatch.sort_buckets(segments, n_buckets, n_buckets + 1, backend)[0].reshape(buckets.shape)
+    return sort_op.bucket_sort(segments, n_buckets, n_buckets + 1, backend)[0].reshape(buckets.shape)
 
 
 def lsh_layout(
@@ -112,9 +115,95 @@ def lsh_layout(
     """
     check_config(config)
     qk = _autocast.cast(check_rows("qk", qk))
-    padding = check_padding(key_padding_mask, qk)
+    mask = check_padding(key_padding_mask, qk)
     if rotations is not None:
         check_rotations(rotations, qk, width=config.rotation_width, rounds=config.n_hashes)
-    return _dispatch.make_layout(
-        qk, config, rotations, seed, padding, resolve_backend(backend, qk.device, qk.dtype)
+    call = self_attention_call(
+        config, qk, mask=mask, seed=seed, draws_rotations=rotations is None, backend=backend
     )
+    return make_layout(qk, call, rotations)
+
+
+def lsh_cross_layout(
+    q: Tensor,
+    k: Tensor,
+    config: LSHConfig,
+    *,
+    rotations: Tensor | None = None,
+    seed: Seed = None,
+    key_padding_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> LayoutPair:
+    """Hash and sort queries and keys with the same rotations: the first half of `lsh_cross_attention`.
+
+    Unless config.causal, the mean key (without padding) is subtracted from the keys before they are hashed:
+    keys may share a large part, which moves all logits of a query alike, but leaves few buckets to tell them
+    apart. A causal layout may not depend on later tokens, so there keys are hashed as they are, as queries
+    always are: no query's place may depend on another query. Angles alone matter to the hash.
+
+    q (B, H, L_q, D); k (B, H, L_k, D); rotations (H or 1, D, n_hashes, config.rotation_width) float32, else
+    drawn from `seed`; key_padding_mask (B, L_k) bool, True = padding, or float, -inf = padding.
+    Automatic bucket factors come from L_k, for a mean bucket of config.window_size keys, half as many if not
+    causal. -> the queries' and the keys' `Layout`, without gradients.
+    """
+    check_config(config)
+    q, k, _ = check_qkv(q, k, k, names=("q", "k", "k"), own_key_length=True)
+    mask = check_padding(key_padding_mask, k)
+    if rotations is not None:
+        check_rotations(rotations, q, width=config.rotation_width, rounds=config.n_hashes)
+    call = cross_attention_call(
+        config, q, k, mask=mask, seed=seed, draws_rotations=rotations is None, backend=backend
+    )
+    return make_cross_layout(q, k, call, rotations)
+
+
+def make_layout(qk: Tensor, call: AttentionCall, rotations: Tensor | None) -> Layout:
+    """The layout of checked query-keys; without rotations they are drawn from the call's seed."""
+    if not call.hashed:
+        return layout_by_position(qk)
+    return _sorted_by_hash(qk, call, _drawn(qk, call) if rotations is None else rotations, call.mask)
+
+
+def make_cross_layout(q: Tensor, k: Tensor, call: AttentionCall, rotations: Tensor | None) -> LayoutPair:
+    """The layouts of checked queries and keys; without rotations they are drawn from the call's seed."""
+    if not call.hashed:
+        return layout_by_position(q), layout_by_position(k)
+    if rotations is None:
+        rotations = _drawn(k, call)
+    if not call.rule.causal:
+        k = _centred(k, call.mask)
+    return _sorted_by_hash(q, call, rotations, None), _sorted_by_hash(k, call, rotations, call.mask)
+
+
+def layout_by_position(x: Tensor) -> Layout:
+    """The layout of x (B, H, L, D) that is not hashed: one round and one bucket, in order of position."""
+    B, H, L, _ = x.shape
+    order = torch.arange(L, dtype=torch.int32, device=x.device).expand(B, H, 1, L).contiguous()
+    ends = torch.arange(2, dtype=torch.int32, device=x.device) * L
+    return Layout(order, ends.expand(B, H, 1, 2).contiguous())
+
+
+def _sorted_by_hash(x: Tensor, call: AttentionCall, rotations: Tensor, mask: Tensor | None) -> Layout:
+    padding = None if mask is None else is_padding(mask)
+    buckets = hash_op.lsh_hash(
+        x, rotations, call.factors, padding, call.backend, span=call.span, length=call.key_length
+    )
+    n = call.n_buckets
+    return Layout(*sort_op.bucket_sort(buckets, n + 1, n + 2, call.sort_backend))
+
+
+def _drawn(x: Tensor, call: AttentionCall) -> Tensor:
+    assert call.seed is not None
+    return hash_rotations.sample_rotations(
+        call.seed, x.shape[1], x.shape[3], call.n_hashes, call.rotation_width
+    )
+
+
+def _centred(x: Tensor, mask: Tensor | None) -> Tensor:
+    """`x` less each head's mean row without padding, in float32 or better, for hashing: no gradient."""
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    if mask is None:
+        return x - x.mean(dim=2, keepdim=True)
+    padding = is_padding(mask)[:, None, :, None]
+    count = (~padding).sum(dim=2, keepdim=True).clamp_min(1)
+    return x - x.masked_fill(padding, 0).sum(dim=2, keepdim=True) / count

@@ -1,15 +1,16 @@
-"""How long an operation must at least take on a GPU, from the bytes and products it cannot do without.
+"""The least time that an operation takes on a GPU, predicted from the bytes and products that it needs.
 
-Per token and head, for elements of e bytes (float32 running output and gradients):
+For each token and head, with elements of e bytes (and a running output and gradients in float32):
 
-    hash                     e D + 4 R bytes read and written; 2 D columns products of each round
-    sort                     12 bytes of each id (read twice, its place written)
-    attention, forward       2 e D + 4 D + 20 bytes; 4 D keys operations of each round
-    attention, backward      3 e D + 8 D + 16 bytes; 10 D keys operations of each round
+    operation              bytes read and written            operations
+    hash                   e D + 4 R                         2 D columns R
+    sort                   12 R (ids twice, order once)      none
+    attention, forward     2 e D + 4 D + 20                  4 D keys R
+    attention, backward    3 e D + 8 D + 16                  10 D keys R
 
-The bytes are those of one round: a launch takes as many heads as stay in the second-level cache, so that
-later rounds read what the first one left there. `rounds_reuse=False` says what they cost without: each moves
-its rows again. Every figure from here is predicted.
+The bytes of attention are those of one round: a launch takes as many heads as stay in the second-level cache,
+so that later rounds read there what the first one loaded. With `rounds_reuse=False`, each round moves its
+rows again. Everything here is predicted, nothing is measured.
 """
 
 from __future__ import annotations
@@ -17,36 +18,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from reformer_kernels.config import automatic_factors
-
-OPERATIONS = ("hash", "sort", "attention_forward", "attention_backward")
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What an architecture moves and multiplies: bytes read and written a second, operations a second.
-
-    `measured`: on a machine; otherwise they are the data sheet's peaks, which no kernel reaches.
-    """
-
-    device: str
-    copy: float
-    matmul_16_bit: float
-    matmul_32_bit: float
-    measured: bool
-
-
-RATES = {
-    "sm_80": Rates("A100 80GB", 2.04e12, 312e12, 156e12, measured=False),
-    "sm_90": Rates("H100", 3.0e12, 790e12, 395e12, measured=True),
-    "sm_100": Rates("B200", 8.0e12, 2250e12, 1125e12, measured=False),
-    "gfx942": Rates("MI300X", 5.3e12, 1307e12, 653e12, measured=False),
-}
-"""32-bit products are those of TF32 (XF32)."""
+from reformer_kernels.gpu.architectures import Rates
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A problem: B * H heads in all, of `length` tokens."""
+    """The sizes of a problem. `heads` are B * H, `bits` those of one number of the tensors."""
 
     heads: int = 8
     length: int = 16384
@@ -57,12 +34,14 @@ class Shape:
 
     @property
     def rows(self) -> int:
+        """Tokens of all heads."""
         return self.heads * self.length
 
 
 @dataclass(frozen=True)
 class Floor:
-    """The least that an operation moves and multiplies, and the time that takes."""
+    """The least that an operation moves and multiplies, the time that takes, and what it is `bound` by:
+    "memory" or "products"."""
 
     bytes: float
     operations: float
@@ -71,10 +50,9 @@ class Floor:
 
 
 def floor(operation: str, shape: Shape, rates: Rates, *, rounds_reuse: bool = True) -> Floor:
-    """The predicted least time of one of `OPERATIONS`; raises KeyError for another."""
+    """The predicted least time of one of `OPERATIONS` at these rates. Raises KeyError for others."""
     moved, operations = _WORK[operation](shape, rounds_reuse)
-    matmul = rates.matmul_16_bit if shape.bits == 16 else rates.matmul_32_bit
-    by_bytes, by_products = moved / rates.copy, operations / matmul
+    by_bytes, by_products = moved / rates.copy, operations / rates.matmul(shape.bits)
     bound = "memory" if by_bytes >= by_products else "products"
     return Floor(moved, operations, max(by_bytes, by_products), bound)
 
@@ -106,7 +84,7 @@ def _backward(shape: Shape, rounds_reuse: bool) -> tuple[float, float]:
 
 
 def _keys(shape: Shape) -> int:
-    """Keys that a query meets in a round: its chunk and the one before."""
+    """Keys that a query meets in a round: those of its own chunk and of the one before."""
     return min(2 * shape.chunk_length, shape.length)
 
 
@@ -116,3 +94,5 @@ _WORK = {
     "attention_forward": _forward,
     "attention_backward": _backward,
 }
+
+OPERATIONS = tuple(_WORK)

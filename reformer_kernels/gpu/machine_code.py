@@ -1,9 +1,9 @@
-"""What the compiler makes of a kernel, read from its binary, with no device present.
+"""The machine code of kernels, compiled and read with no device present.
 
 `read(specialization)` compiles one kernel for its architecture and returns a `MachineCode`: registers,
-spills, shared memory, how many blocks fit a multiprocessor, tensor-core instructions and widths of loads.
-`faults` says what about it must not be. Triton's wheel carries the disassembler for NVIDIA; the AMD compiler
-writes the same facts into its assembly.
+spills, shared memory, how many blocks fit a multiprocessor, tensor-core instructions and the widths of loads.
+`faults` lists what is wrong with it. Triton's wheel comes with NVIDIA's disassembler; the AMD compiler writes
+the same facts into its assembly.
 """
 
 from __future__ import annotations
@@ -21,55 +21,15 @@ from typing import Any, TypeVar
 
 import torch
 
+from reformer_kernels._backend import interpreted
 from reformer_kernels.gpu import tiles
-from reformer_kernels.gpu.specialization import OPERATIONS, Specialization, all_specializations
+from reformer_kernels.gpu.architectures import CHIPS, KIB, PARTITIONS, Chip
+from reformer_kernels.gpu.specializations import OPERATIONS, Specialization, all_specializations
 
-Thing = TypeVar("Thing", int, str)
-
-
-@dataclass(frozen=True)
-class Chip:
-    """Limits of one multiprocessor (of a compute unit, in AMD's terms), from the vendors' manuals.
-
-    Attributes:
-        target: what `triton.backends.compiler.GPUTarget` is made of.
-        registers: 32-bit registers of a lane in one of its 4 partitions, times the lanes of a warp.
-        register_unit: registers are given to a warp in multiples of this.
-        partition_warps: most warps of one partition.
-        blocks: most resident blocks.
-        shared_bytes: shared memory of the multiprocessor; block_bytes: the most for one block;
-            reserved_bytes: what the system keeps of each block's.
-        tensor_memory: columns of tensor memory, 0 where there is none.
-        tensor_core: how the instructions of its tensor cores begin.
-    """
-
-    target: tuple[str, int | str, int]
-    registers: int
-    register_unit: int
-    partition_warps: int
-    blocks: int
-    shared_bytes: int
-    block_bytes: int
-    reserved_bytes: int
-    tensor_memory: int
-    tensor_core: str
-
-    @property
-    def warp(self) -> int:
-        return self.target[2]
-
-
-KIB = 1024
-CHIPS: Mapping[str, Chip] = {
-    "sm_80": Chip(("cuda", 80, 32), 16384, 256, 16, 32, 164 * KIB, 163 * KIB, KIB, 0, "HMMA"),
-    "sm_90": Chip(("cuda", 90, 32), 16384, 256, 16, 32, 228 * KIB, 227 * KIB, KIB, 0, "HGMMA"),
-    "sm_100": Chip(("cuda", 100, 32), 16384, 256, 16, 32, 228 * KIB, 227 * KIB, KIB, 512, "UTCHMMA"),
-    "gfx942": Chip(("hip", "gfx942", 64), 512 * 64, 8 * 64, 8, 32, 64 * KIB, 64 * KIB, 0, 0, "v_mfma"),
-}
-PARTITIONS = 4
+Value = TypeVar("Value", int, str)
 
 SMALL_SHARED_BYTES = 99 * KIB
-"""What a block may use on compute capability 8.6, 8.9 and 12.x, which run sm_80's tiles."""
+"""The shared memory that a block may use on compute capability 8.6, 8.9 and 12.x, which run sm_80's tiles."""
 
 TENSOR_CORE = re.compile(r"^(HMMA|HGMMA|UTC\w*MMA|IMMA|v_mfma)")
 
@@ -80,13 +40,17 @@ class MachineCode:
 
     Attributes:
         kernel, architecture, dtype, head_dim, options, tile: what it was compiled for.
-        registers: of each thread. spill_bytes: of each thread, in local memory (scratch).
-        shared_bytes: of a block.
-        resident_blocks: how many blocks a multiprocessor holds at once; occupancy: their warps, as a share of
-            the most; limited_by: what keeps more out.
-        tensor_core_instructions: how many of each kind there are in the code.
-        loads: how many instructions load from device memory (to registers or shared memory), by the bytes
-            that one thread loads.
+        warps: warps of a block.
+        registers: registers of a thread.
+        spill_bytes: local memory (scratch) of a thread.
+        shared_bytes: shared memory of a block.
+        resident_blocks: how many blocks a multiprocessor holds at once.
+        occupancy: the warps of those blocks as a share of the most that there can be.
+        limited_by: what keeps further blocks out.
+        tensor_core_instructions: the number of tensor-core instructions in the code, by kind.
+        loads: the number of instructions that load from device memory (to registers or shared memory), by the
+            bytes that one thread loads.
+        instructions: the number of instructions in the code.
     """
 
     kernel: str
@@ -113,12 +77,13 @@ class MachineCode:
         )
 
     def to_json(self) -> dict[str, Any]:
+        """The fields as JSON can hold them."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `all_specializations` is to list, as a value that another process can be sent."""
+    """The arguments of `all_specializations`, as a value that can be sent to another process."""
 
     architecture: str
     dtype: torch.dtype
@@ -127,7 +92,7 @@ class Request:
     operations: tuple[str, ...] = OPERATIONS
     tiles: Mapping[str, tiles.Tile] = field(default_factory=dict)
     kernels: tuple[str, ...] = ()
-    """Only these; none named: all."""
+    """The names of the kernels to keep; all of them where it is empty."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +104,8 @@ class Inspected:
 
 
 def unavailable() -> str | None:
-    """Why no kernel can be compiled here, and what to do; None where it can."""
-    if tiles.interpreted():
+    """Why kernels cannot be compiled here, and what to do; None where they can."""
+    if interpreted():
         return "TRITON_INTERPRET is set, which replaces Triton's compiler; unset it"
     try:
         import triton.backends.compiler
@@ -153,9 +118,9 @@ def unavailable() -> str | None:
 
 
 def read(specialization: Specialization) -> MachineCode:
-    """Compile one kernel for its architecture and read the binary. Takes a second or so.
+    """Compiles one kernel for its architecture and reads the binary, which takes a second or so.
 
-    Raises RuntimeError where Triton cannot compile here, or not this kernel.
+    Raises RuntimeError where Triton cannot compile anything here, or cannot compile this kernel.
     """
     reason = unavailable()
     if reason is not None:
@@ -193,8 +158,8 @@ def read(specialization: Specialization) -> MachineCode:
 
 
 def inspect(request: Request) -> list[Inspected]:
-    """Compile all kernels of a request, and judge them."""
-    found = []
+    """Compiles every kernel of a request and looks for faults."""
+    inspected = []
     for specialization in all_specializations(
         architecture=request.architecture,
         dtype=request.dtype,
@@ -206,12 +171,12 @@ def inspect(request: Request) -> list[Inspected]:
         if request.kernels and specialization.name not in request.kernels:
             continue
         code = read(specialization)
-        found.append(Inspected(code, faults(code, specialization)))
-    return found
+        inspected.append(Inspected(code, faults(code, specialization)))
+    return inspected
 
 
 def inspect_all(requests: Sequence[Request], processes: int) -> Iterator[list[Inspected]]:
-    """`inspect` of each request in turn, in fresh processes (in this one if `processes` is 1)."""
+    """`inspect` of each request in turn, in `processes` fresh processes (in this one if it is 1)."""
     if processes == 1 or len(requests) < 2:
         yield from map(inspect, requests)
         return
@@ -222,10 +187,13 @@ def inspect_all(requests: Sequence[Request], processes: int) -> Iterator[list[In
 def resident_blocks(
     chip: Chip, registers: int, warps: int, shared_bytes: int, tensor_memory: int = 0
 ) -> tuple[int, str]:
-    """How many blocks one multiprocessor holds at once, and what keeps more out."""
+    """How many blocks of so many `warps` one multiprocessor holds at once, and what keeps further ones out.
+
+    `registers` are those of a thread, `shared_bytes` and `tensor_memory` (columns) those of a block.
+    """
     unit = chip.register_unit
-    of_a_warp = -(-max(1, registers) * chip.warp // unit) * unit
-    by_registers = min(chip.partition_warps, chip.registers // of_a_warp)
+    warp_registers = -(-max(1, registers) * chip.lanes // unit) * unit
+    by_registers = min(chip.partition_warps, chip.registers // warp_registers)
     limits = {
         "registers": PARTITIONS * by_registers // warps,
         "warps": PARTITIONS * chip.partition_warps // warps,
@@ -238,7 +206,7 @@ def resident_blocks(
         limits["shared memory"] = fit if shared_bytes <= chip.block_bytes else 0
     if tensor_memory:
         limits["tensor memory"] = chip.tensor_memory // tensor_memory
-    # Of equal limits the one named last is the kernel's own doing.
+    # Among equal limits, the last one is what the kernel itself can change.
     name = min(reversed(limits), key=lambda name: limits[name])
     if limits["warps"] == limits[name]:
         name = "warps"
@@ -246,44 +214,48 @@ def resident_blocks(
 
 
 def may_spill(bits: int, head_dim: int) -> bool:
-    """Whether the table may list tiles that spill, as there may be no others."""
+    """Whether the table of tiles may have tiles that spill, because there may be no others."""
     return bits == 32 or head_dim > 128
 
 
 def faults(code: MachineCode, specialization: Specialization) -> list[str]:
-    """What must not be: spills, products without tensor cores, narrow loads of rows, too much shared memory.
+    """What is wrong with the code: spills, products without tensor cores, narrow loads of rows, too much
+    shared memory.
 
-    16-bit types up to a head size of 128 may not spill at all; others no more than the table of tiles
+    16-bit types with a head dimension up to 128 must not spill at all, others no more than the table of tiles
     records (nothing where it records nothing).
     """
     chip, bits = CHIPS[code.architecture], specialization.bits
-    found = []
+    reasons = []
     allowed = 0
     if specialization.tile is not None and may_spill(bits, code.head_dim):
         row = tiles.table_row(code.kernel, architecture=code.architecture, bits=bits, head_dim=code.head_dim)
         allowed = row.spill_bytes or 0 if row and row.tile == specialization.tile else 0
     if code.spill_bytes > allowed:
-        found.append(f"spills {code.spill_bytes} bytes a thread, {allowed} allowed")
+        reasons.append(f"spills {code.spill_bytes} bytes a thread, {allowed} allowed")
     if specialization.multiplies and not any(
         name.startswith(chip.tensor_core) for name in code.tensor_core_instructions
     ):
-        found.append(
+        reasons.append(
             f"has no {chip.tensor_core} instruction, found {code.tensor_core_instructions or 'none'}"
         )
     if specialization.gathers and not code.loads.get(16):
-        found.append(f"has no 16-byte load, found {code.loads}")
+        reasons.append(f"has no 16-byte load, found {code.loads}")
     elif specialization.gathers and bits == 16 and code.loads.get(2):
-        found.append(f"loads single elements, found {code.loads}")
+        reasons.append(f"loads single elements, found {code.loads}")
     most = SMALL_SHARED_BYTES if code.architecture == "sm_80" else chip.block_bytes
     if code.shared_bytes > most:
-        found.append(f"takes {code.shared_bytes} bytes of shared memory, a block may have {most}")
+        reasons.append(f"takes {code.shared_bytes} bytes of shared memory, a block may have {most}")
     elif code.resident_blocks < 1:
-        found.append(f"fits no multiprocessor: {code.limited_by}")
-    return found
+        reasons.append(f"fits no multiprocessor: {code.limited_by}")
+    return reasons
 
 
 def compile_kernel(specialization: Specialization) -> Any:
-    """Triton's compiled kernel; its `asm` holds every stage, from "ttir" to "cubin" or "amdgcn"."""
+    """Triton's compiled kernel, whose `asm` holds every stage from "ttir" to "cubin" or "amdgcn".
+
+    Raises RuntimeError, naming the kernel, where a stage of the compiler fails.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -304,7 +276,7 @@ def compile_kernel(specialization: Specialization) -> Any:
         options = {"num_warps": specialization.tile.warps, "num_stages": specialization.tile.stages}
     try:
         return triton.compile(source, target=GPUTarget(*chip.target), options=options)
-    except Exception as error:  # of whatever stage of the compiler: the kernel's name must be in the message
+    except Exception as error:  # each stage of the compiler raises its own; none names the kernel
         raise RuntimeError(f"{specialization} does not compile: {error}") from error
 
 
@@ -312,7 +284,7 @@ def compile_kernel(specialization: Specialization) -> Any:
 
 
 def disassembler() -> Path:
-    """cuobjdump, which Triton's wheel carries."""
+    """Where cuobjdump is, which comes with Triton's wheel."""
     import triton.backends.nvidia
 
     return Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -333,12 +305,12 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, list[str]]:
             ).stdout
             for option in ("-res-usage", "-sass")
         )
-    found = _RESOURCES.search(usage)
+    resources = _RESOURCES.search(usage)
     instructions = _INSTRUCTION.findall(assembly)
-    if found is None or not instructions:
+    if resources is None or not instructions:
         raise RuntimeError(f"the disassembler's output was not understood: {usage[:200]!r}")
-    registers, stack = map(int, found.groups())
-    # A frame is where ptxas spills to; an access to local memory without one is counted by its width.
+    registers, stack = map(int, resources.groups())
+    # ptxas spills to a stack frame. Local memory that is accessed without one is counted by access widths.
     local = sum(_width(name) for name in instructions if name.split(".")[0] in ("LDL", "STL"))
     return registers, stack or local, instructions
 
@@ -360,6 +332,7 @@ _AMD_INSTRUCTION = re.compile(r"^\s+((?:[vs]|global|buffer|flat|ds|scratch)_\w+)
 
 
 def _read_amdgcn(assembly: str) -> tuple[int, int, list[str]]:
+    """Registers, spill bytes and the names of all instructions."""
     registers = re.search(r"^; TotalNumVgprs: (\d+)", assembly, re.MULTILINE)
     scratch = re.search(r"^; ScratchSize: (\d+)", assembly, re.MULTILINE)
     if registers is None or scratch is None:
@@ -371,17 +344,17 @@ _AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}
 
 
 def _load_width(name: str) -> int:
-    """Bytes of a load from device memory, 0 of any other instruction."""
+    """The bytes that a thread loads from device memory, 0 for an instruction that is no such load."""
     if name.split(".")[0] in ("LDG", "LDGSTS"):
         return _width(name)
-    found = re.match(r"(?:global|buffer|flat)_load_(\w+)", name)
-    if found is None:
+    load = re.match(r"(?:global|buffer|flat)_load_(\w+)", name)
+    if load is None:
         return 0
     for kind, width in _AMD_WIDTHS.items():
-        if found[1].startswith(kind):
+        if load[1].startswith(kind):
             return width
-    return 1 if "byte" in found[1] else 2
+    return 1 if "byte" in load[1] else 2
 
 
-def _count(things: Iterable[Thing]) -> dict[Thing, int]:
-    return dict(sorted(Counter(things).items()))
+def _count(values: Iterable[Value]) -> dict[Value, int]:
+    return dict(sorted(Counter(values).items()))

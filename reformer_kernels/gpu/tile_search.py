@@ -1,12 +1,12 @@
-"""Chooses tiles from what the compiler reports, with no GPU present, and writes them into the table.
+"""Chooses tiles from the compiler's reports, with no GPU present, and writes them into the table.
 
     python -m reformer_kernels.gpu.tile_search --architecture sm_90 --bits 16 --head-dim 64 [--kernel NAME]
 
-A tile is judged by `predicted`: the slowest of its products, its reads from the second-level cache and its
-instructions, a token and round, lengthened where few warps are there to hide latency. What must not be
-(`machine_code.faults`) rules a tile out; where every tile spills (float32, head sizes above 128), the table
-records how much the chosen one spills. The search walks from the present tile to a neighbour (one field
-doubled or halved) that is better by more than the model can be trusted for, until none is. On a GPU,
+`predicted_seconds` gives the score of a tile: the time of its products, of its reads from the second-level
+cache or of its instructions, whichever is longest, lengthened where few warps are there to hide latency. A
+tile with faults (`machine_code.faults`) is ruled out. Where every tile spills (float32, head dimensions above
+128), the table records how much the chosen one spills. The search walks from the present tile to a neighbour
+(one field doubled or halved) as long as one is better by more than the model can be trusted for. On a GPU,
 bench/validate_gpu.py measures instead.
 """
 
@@ -20,40 +20,42 @@ from pathlib import Path
 
 import torch
 
+from reformer_kernels._limits import MAX_HEAD_DIM
 from reformer_kernels.gpu import tiles
-from reformer_kernels.gpu.cost_model import RATES, Rates
-from reformer_kernels.gpu.machine_code import CHIPS, PARTITIONS, Inspected, Request, inspect, may_spill
-from reformer_kernels.gpu.specialization import all_specializations
+from reformer_kernels.gpu.architectures import ARCHITECTURES, CHIPS, PARTITIONS
+from reformer_kernels.gpu.machine_code import Inspected, Request, inspect, may_spill
+from reformer_kernels.gpu.specializations import OPTIONS, all_specializations
 from reformer_kernels.gpu.tiles import Tile, TileRow
 
 CHUNK = 64
-"""The chunk length that tiles are chosen for; a query meets its own chunk and the one before."""
+"""The chunk length that tiles are chosen for. A query meets its own chunk and the one before."""
 
 ROTATION_COLUMNS = 32
-"""Of one factor, as automatic buckets have at most."""
-
-INSTRUCTIONS_A_SECOND = {"sm_80": 6.1e11, "sm_90": 9.2e11, "sm_100": 1.1e12, "gfx942": 2.5e12}
-"""Warp instructions that the chip issues: multiprocessors * 4 * clock, from the data sheets."""
+"""The rotation columns that a hashing tile is judged for: the most that an automatic bucket factor has."""
 
 CACHE_RATE = 2.5
-"""How much faster the second-level cache reads than memory."""
+"""How many times as fast as memory the second-level cache reads."""
 
 LATENCY_WARPS = 8
-"""As many resident warps double the time that as many again would take."""
+"""With this many resident warps, latency doubles the time that arbitrarily many warps would take."""
 
 SPILL_PENALTY_BYTES = 64
-"""A spill of as many bytes a thread doubles the predicted time."""
+"""A spill of this many bytes a thread doubles the predicted time."""
 
 LEAST_GAIN = 0.05
-"""By how much less predicted time a tile takes the present one's place."""
+"""The share of predicted time that a tile must save to replace the present one."""
 
 PRODUCTS = {"attention_forward": 2, "attention_backward_queries": 3, "attention_backward_keys": 4}
-"""Matrix products over a tile's pairs; other kernels multiply rows and a rotation's columns, once."""
+"""How many matrix products a kernel computes over a tile's pairs. Other kernels multiply once, rows by the
+columns of a rotation."""
+
+_DTYPES = {16: (torch.bfloat16, torch.float16), 32: (torch.float32,)}
+"""The dtypes that share a tile, by bits. The search walks with the first one."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A tile, what became of the kernel with it, and the score: seconds a token and round, predicted."""
+    """A tile, the kernel compiled with it, and its score: predicted seconds for a token and round."""
 
     tile: Tile
     inspected: Inspected
@@ -61,13 +63,13 @@ class Judged:
 
     @property
     def usable(self) -> bool:
-        return not _hard_faults(self.inspected)
+        """Whether the kernel has no fault that rules the tile out."""
+        return not faults_but_spills(self.inspected)
 
 
-def predicted(kernel: str, tile: Tile, inspected: Inspected, bits: int, head_dim: int) -> float:
-    """Seconds a token and round with this tile."""
-    code, rates = inspected.code, RATES[inspected.code.architecture]
-    chip = CHIPS[code.architecture]
+def predicted_seconds(kernel: str, tile: Tile, inspected: Inspected, bits: int, head_dim: int) -> float:
+    """The predicted time of a token and round with this tile."""
+    code, chip = inspected.code, CHIPS[inspected.code.architecture]
     D, element = tiles.padded_head_dim(head_dim), bits // 8
     if kernel in PRODUCTS:
         seen = 2 * CHUNK if tile.rows <= CHUNK else tile.rows + CHUNK
@@ -77,16 +79,16 @@ def predicted(kernel: str, tile: Tile, inspected: Inspected, bits: int, head_dim
         steps = -(-ROTATION_COLUMNS // tile.keys)
         products, gathered = steps * tile.keys, steps * tile.keys * D * 4
     slowest = max(
-        2.0 * D * products / _matmul(rates, bits),
-        (gathered / tile.rows + 3 * D * element) / (CACHE_RATE * rates.copy),
-        code.instructions * code.warps * steps / tile.rows / INSTRUCTIONS_A_SECOND[code.architecture],
+        2.0 * D * products / chip.rates.matmul(bits),
+        (gathered / tile.rows + 3 * D * element) / (CACHE_RATE * chip.rates.copy),
+        code.instructions * code.warps * steps / tile.rows / chip.instructions,
     )
     warps = max(1, min(code.resident_blocks * code.warps, PARTITIONS * chip.partition_warps))
     return slowest * (1 + LATENCY_WARPS / warps) * (1 + code.spill_bytes / SPILL_PENALTY_BYTES)
 
 
 def neighbours(tile: Tile, head_dim: int) -> Iterator[Tile]:
-    """Tiles that differ in one field, by a factor of two (stages: by one)."""
+    """The tiles that differ from `tile` in one field, by a factor of two (in stages by one)."""
     for field, least, most in (
         ("warps", 2, 8),
         ("rows", 32, 128),
@@ -101,10 +103,9 @@ def neighbours(tile: Tile, head_dim: int) -> Iterator[Tile]:
 
 
 def judge(kernel: str, architecture: str, bits: int, head_dim: int, tile: Tile) -> Judged:
-    """Compile the kernel with all its options."""
-    dtype = torch.bfloat16 if bits == 16 else torch.float32
-    found = _inspect(kernel, architecture, dtype, head_dim, "all", tile)
-    return Judged(tile, found, predicted(kernel, tile, found, bits, head_dim))
+    """The kernel with this tile and all its options, compiled and scored."""
+    inspected = _inspect(kernel, architecture, _DTYPES[bits][0], head_dim, "all", tile)
+    return Judged(tile, inspected, predicted_seconds(kernel, tile, inspected, bits, head_dim))
 
 
 def search(
@@ -116,9 +117,9 @@ def search(
     evaluations: int,
     say: Callable[[str], None] = print,
 ) -> TileRow:
-    """The best tile found in so many compilations, as a row of the table.
+    """The best tile found in so many `evaluations` (compilations), as a row of the table.
 
-    Raises RuntimeError where no tile that was tried is free of faults.
+    `say` gets a line for each tile. Raises RuntimeError where every tile that was tried has faults.
     """
     start = tiles.tile(kernel, architecture=architecture, bits=bits, head_dim=head_dim)
     tried: dict[Tile, Judged | None] = {}
@@ -127,11 +128,11 @@ def search(
         if tile not in tried:
             try:
                 tried[tile] = judge(kernel, architecture, bits, head_dim, tile)
-            except RuntimeError as error:  # a tile that the compiler refuses is no candidate
+            except RuntimeError as error:  # the compiler refuses such a tile
                 tried[tile] = None
-                say(f"  {_short(tile)}: {str(error).splitlines()[0][:120]}")
+                say(f"  {tile}: {str(error).splitlines()[0][:120]}")
             if judged := tried[tile]:
-                say(f"  {_short(tile)}: {_describe(judged)}")
+                say(f"  {tile}: {describe(judged)}")
         judged = tried[tile]
         return (True, float("inf")) if judged is None else (not judged.usable, judged.score)
 
@@ -145,24 +146,25 @@ def search(
             faulty, score = rank(best)
             if rank(other) < (faulty, score * (1 - LEAST_GAIN)):
                 best, moved = other, True
-    # The walk looked at one dtype with all options; the others are looked at for what it found, best first.
+    # The walk compiled one dtype with all options. What it found is now compiled with the others, best first.
     usable = [tile for tile in tried if not rank(tile)[0]]
     for tile in sorted(usable, key=lambda tile: (tile != best, rank(tile))):
-        spilled = _most_spilled(kernel, architecture, bits, head_dim, tile)
+        spilled = most_spilled(kernel, architecture, bits, head_dim, tile)
         if spilled == 0 or may_spill(bits, head_dim):
             width = tiles.padded_head_dim(head_dim)
             return TileRow(kernel, architecture, bits, width, tile, spill_bytes=spilled)
-        say(f"  {_short(tile)}: spills {spilled} bytes with another dtype or other options")
+        say(f"  {tile}: spills {spilled} bytes with another dtype or other options")
     raise RuntimeError(
-        f"no tile of {len(tried)} suits {kernel} on {architecture} at {bits} bits, D = {head_dim}; "
+        f"none of {len(tried)} tiles suits {kernel} on {architecture} at {bits} bits, D = {head_dim}; "
         "allow more --evaluations"
     )
 
 
 def kernels_of(architecture: str, bits: int, head_dim: int) -> list[str]:
-    """The kernels that take their tile from the table."""
-    dtype = torch.bfloat16 if bits == 16 else torch.float32
-    listed = all_specializations(architecture=architecture, dtype=dtype, head_dim=head_dim, options="all")
+    """The names of the kernels that take their tile from the table."""
+    listed = all_specializations(
+        architecture=architecture, dtype=_DTYPES[bits][0], head_dim=head_dim, options="all"
+    )
     return [s.name for s in listed if s.tile is not None]
 
 
@@ -173,58 +175,61 @@ def _inspect(
     return inspect(request)[0]
 
 
-def _hard_faults(inspected: Inspected) -> list[str]:
-    """All faults but a spill where one may have to be."""
-    may = may_spill(32 if inspected.code.dtype == "float32" else 16, inspected.code.head_dim)
-    return [fault for fault in inspected.faults if not (may and fault.startswith("spills"))]
+def faults_but_spills(inspected: Inspected) -> list[str]:
+    """The faults that rule a tile out: all of them but a spill where every tile may spill."""
+    forgiven = may_spill(32 if inspected.code.dtype == "float32" else 16, inspected.code.head_dim)
+    return [fault for fault in inspected.faults if not (forgiven and fault.startswith("spills"))]
 
 
-def _most_spilled(kernel: str, architecture: str, bits: int, head_dim: int, tile: Tile) -> int:
-    dtypes = (torch.bfloat16, torch.float16) if bits == 16 else (torch.float32,)
+def most_spilled(kernel: str, architecture: str, bits: int, head_dim: int, tile: Tile) -> int:
+    """The most bytes that a thread spills with any dtype of so many bits and any options."""
     return max(
         _inspect(kernel, architecture, dtype, head_dim, options, tile).code.spill_bytes
-        for dtype in dtypes
-        for options in ("off", "all")
+        for dtype in _DTYPES[bits]
+        for options in OPTIONS
     )
 
 
-def _matmul(rates: Rates, bits: int) -> float:
-    return rates.matmul_16_bit if bits == 16 else rates.matmul_32_bit
-
-
-def _describe(judged: Judged) -> str:
-    code, fault = judged.inspected.code, "; ".join(_hard_faults(judged.inspected))
+def describe(judged: Judged) -> str:
+    """A line about a tile for people."""
+    code, faults = judged.inspected.code, "; ".join(faults_but_spills(judged.inspected))
     return (
         f"{judged.score * 1e12:.0f} ps predicted, {code.registers} registers, "
-        f"{code.spill_bytes} spilled, {code.resident_blocks} blocks {fault}"
+        f"{code.spill_bytes} spilled, {code.resident_blocks} blocks {faults}"
     )
-
-
-def _short(tile: Tile) -> str:
-    return f"{tile.rows}x{tile.keys}x{tile.dims} w{tile.warps} s{tile.stages}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m reformer_kernels.gpu.tile_search", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--architecture", choices=tiles.ARCHITECTURES, required=True)
+    parser.add_argument("--architecture", choices=ARCHITECTURES, required=True)
     parser.add_argument("--bits", type=int, choices=(16, 32), required=True)
     parser.add_argument("--head-dim", type=int, required=True)
-    parser.add_argument("--kernel", help="one kernel instead of all in the table")
-    parser.add_argument("--evaluations", type=int, default=12, help="most tiles to compile for a kernel")
-    parser.add_argument("--output", type=Path, default=tiles.SHIPPED, help="file of tiles to add rows to")
-    given = parser.parse_args()
-    if not 1 <= given.head_dim <= 256:
-        parser.error(f"--head-dim must be in 1..256, got {given.head_dim}")
-    known = kernels_of(given.architecture, given.bits, given.head_dim)
-    if given.kernel is not None and given.kernel not in known:
-        parser.error(f"--kernel must be one of {', '.join(known)}, got {given.kernel!r}")
-    for kernel in [given.kernel] if given.kernel else known:
-        print(f"{kernel}, {given.architecture}, {given.bits} bits, D = {given.head_dim}")
-        row = search(kernel, given.architecture, given.bits, given.head_dim, evaluations=given.evaluations)
-        print(f"  chosen {_short(row.tile)}, {row.spill_bytes} bytes spilled")
-        rows = tiles.read_tiles(given.output) if given.output.exists() else []
-        tiles.write_tiles(given.output, [*(r for r in rows if r.key != row.key), row])
+    parser.add_argument("--kernel", help="search for this kernel instead of all that have tiles")
+    parser.add_argument(
+        "--evaluations", type=int, default=12, help="how many tiles to compile for a kernel at most"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=tiles.SHIPPED, help="the file of tiles that gets the rows"
+    )
+    arguments = parser.parse_args()
+    if not 1 <= arguments.head_dim <= MAX_HEAD_DIM:
+        parser.error(f"--head-dim must be in 1..{MAX_HEAD_DIM}, got {arguments.head_dim}")
+    kernels = kernels_of(arguments.architecture, arguments.bits, arguments.head_dim)
+    if arguments.kernel is not None and arguments.kernel not in kernels:
+        parser.error(f"--kernel must be one of {', '.join(kernels)}, got {arguments.kernel!r}")
+    for kernel in [arguments.kernel] if arguments.kernel else kernels:
+        print(f"{kernel}, {arguments.architecture}, {arguments.bits} bits, D = {arguments.head_dim}")
+        row = search(
+            kernel,
+            arguments.architecture,
+            arguments.bits,
+            arguments.head_dim,
+            evaluations=arguments.evaluations,
+        )
+        print(f"  chosen {row.tile}, {row.spill_bytes} bytes spilled")
+        rows = tiles.read_tiles(arguments.output) if arguments.output.exists() else []
+        tiles.write_tiles(arguments.output, [*(r for r in rows if r.key != row.key), row])
 
 
 if __name__ == "__main__":

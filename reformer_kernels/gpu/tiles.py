@@ -1,10 +1,10 @@
-"""The one table of tile sizes: (kernel, architecture, bits of an element, head size) -> `Tile`.
+"""The one table of tile sizes: (kernel, architecture, bits of an element, head dimension) -> `Tile`.
 
-`tiles.json` beside this file holds what `python -m reformer_kernels.gpu.tile_search` chose from the
-compiler's reports; where it has no row, `default_tile` is the rule. The environment variable `REFORMER_TILES`
-names a file of the same form whose rows go before those (bench/validate_gpu.py writes one from measured
-times). No length is part of the key and nothing is tuned at run time, so no call waits for a compilation
-because its sequence has a new length.
+`tiles.json` beside this file holds the tiles that `python -m reformer_kernels.gpu.tile_search` chose from the
+compiler's reports. Kernels without a row take `default_tile`. The environment variable `REFORMER_TILES` names
+a file of the same form whose rows take precedence (bench/validate_gpu.py writes one from measured times). The
+length is not part of the key and nothing is tuned at run time, so that no call compiles because its sequence
+has a new length.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-"""What the kernels are compiled for and checked on."""
-
-INTERPRETER = "interpreter"
-"""The architecture of Triton's interpreter, whose small tiles make small tests cross tile borders."""
+from reformer_kernels._files import write_atomically
+from reformer_kernels._limits import MAX_HEAD_DIM
+from reformer_kernels.gpu.architectures import ARCHITECTURES, INTERPRETER
 
 OVERRIDE_VARIABLE = "REFORMER_TILES"
+"""The environment variable that names a file of tiles."""
+
 SHIPPED = Path(__file__).with_name("tiles.json")
+"""The file of tiles that comes with the package."""
+
 SCHEMA = 1
 MAX_WARPS = 16
 MAX_STAGES = 8
@@ -40,11 +40,13 @@ class Tile:
     """How one program of a kernel cuts its work.
 
     Attributes:
-        rows: queries (rows of the left matrix) that it holds.
-        keys: keys (columns of the logits) in one step of its loop.
-        dims: the slice of the head size that one product takes; the head size where it is not split.
+        rows: the queries (rows of the left matrix) that it holds.
+        keys: the keys (columns of the logits) in one step of its loop.
+        dims: the dimensions that one product takes at a time; the whole head dimension where it is not split.
         warps: warps of a program.
-        stages: steps whose loads are under way at once (software pipelining); 1: none beside the current.
+        stages: steps whose loads are under way at once (software pipelining); 1 loads no step ahead.
+
+    Raises ValueError for sizes that kernels cannot have.
     """
 
     rows: int
@@ -62,12 +64,16 @@ class Tile:
         if not _is_integer(self.stages) or not 1 <= self.stages <= MAX_STAGES:
             raise ValueError(f"stages must be an integer in 1..{MAX_STAGES}, got {self.stages!r}")
 
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.keys}x{self.dims} w{self.warps} s{self.stages}"
+
 
 @dataclass(frozen=True)
 class TileRow:
     """One row of the table: where a tile is used, and what the compiler then spills.
 
-    `spill_bytes` is the most over the kernel's options, for a program; None where no one looked.
+    `spill_bytes` is the most that a thread spills with any of the kernel's options, None where it is not
+    known.
     """
 
     kernel: str
@@ -79,39 +85,39 @@ class TileRow:
 
     @property
     def key(self) -> tuple[str, str, int, int]:
+        """What the table finds the row by."""
         return (self.kernel, self.architecture, self.bits, self.head_dim)
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """The power of two, at least 16, to which kernels pad a head size: a product takes no less."""
+    """The power of two, at least 16, to which kernels pad a head dimension, as products take no less."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def tile(kernel: str, *, architecture: str, bits: int, head_dim: int) -> Tile:
     """The tile of `kernel` (such as "attention_forward") for elements of `bits` bits (16 or 32).
 
-    architecture: one of `ARCHITECTURES`, or "interpreter"; see `architecture_of`. `head_dim` is padded by
-    `padded_head_dim`. Raises ValueError for anything else and for a file of tiles that is not valid.
+    architecture: one of `ARCHITECTURES`, or "interpreter"; see `architecture_of`. head_dim: in 1..256, padded
+    by `padded_head_dim`. Raises ValueError for anything else and for a file of tiles that is not valid.
     """
     row = table_row(kernel, architecture=architecture, bits=bits, head_dim=head_dim)
     return row.tile if row else default_tile(architecture=architecture, bits=bits, head_dim=head_dim)
 
 
 def table_row(kernel: str, *, architecture: str, bits: int, head_dim: int) -> TileRow | None:
-    """The table's row for these, from the override file if it has one; None where `default_tile` is used."""
+    """The row that `tile` takes, from the override file if it has one; None where there is only a default."""
     _check_key(architecture, bits, head_dim)
     key = (kernel, architecture, bits, padded_head_dim(head_dim))
     override = os.environ.get(OVERRIDE_VARIABLE)
-    found = _table(override).get(key) if override else None
-    return found or _table(str(SHIPPED)).get(key)
+    row = table(override).get(key) if override else None
+    return row or table(str(SHIPPED)).get(key)
 
 
 def default_tile(*, architecture: str, bits: int, head_dim: int) -> Tile:
-    """A rule by hand for kernels that the table does not list.
+    """The tile of kernels that the table does not list: a rule from a probe of a plain forward kernel.
 
-    From a probe of a plain forward kernel: 64 x 64 tiles fit the registers of 4 warps up to a head size of
-    64, of 8 beyond (of 4 up to 128 where a product may read its operands from shared memory), and beyond
-    128 the head size has to be split.
+    64 x 64 tiles fit the registers of 4 warps up to a head dimension of 64 (of 128 where products can read
+    their operands from shared memory) and of 8 warps beyond. Above 128, the head dimension has to be split.
     """
     _check_key(architecture, bits, head_dim)
     width = padded_head_dim(head_dim)
@@ -119,43 +125,6 @@ def default_tile(*, architecture: str, bits: int, head_dim: int) -> Tile:
         return Tile(rows=16, keys=16, dims=min(width, 32), warps=1, stages=1)
     narrow = width <= 64 or (width == 128 and bits == 16 and architecture in ("sm_90", "sm_100"))
     return Tile(rows=64, keys=64, dims=min(width, 128), warps=4 if narrow else 8, stages=2)
-
-
-def architecture_of(device: torch.device | str) -> str:
-    """The architecture whose tiles suit `device`: one of `ARCHITECTURES`, or "interpreter".
-
-    Compute capabilities between those listed take the nearest below. 12.x takes sm_80's: it has that
-    architecture's tensor-core instructions and shared memory of that order. Every ROCm device takes gfx942's.
-    Raises RuntimeError for devices without Triton kernels.
-    """
-    device = torch.device(device)
-    if interpreted():
-        return INTERPRETER
-    if device.type != "cuda":
-        raise RuntimeError(
-            f"Triton kernels run on CUDA and ROCm devices (or interpreted, with TRITON_INTERPRET=1), "
-            f"got a tensor on {device}"
-        )
-    if torch.version.hip is not None:
-        return "gfx942"
-    return _architecture_of_capability(*torch.cuda.get_device_capability(device))
-
-
-def _architecture_of_capability(major: int, minor: int) -> str:
-    if major >= 12:
-        return "sm_80"
-    for least, architecture in ((10, "sm_100"), (9, "sm_90"), (8, "sm_80")):
-        if major >= least:
-            return architecture
-    raise RuntimeError(
-        f"the Triton kernels need compute capability 8.0 or higher, this device has {major}.{minor}; "
-        "use backend='reference'"
-    )
-
-
-def interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter: chosen by TRITON_INTERPRET when triton is imported."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "on", "true")
 
 
 # The file
@@ -176,19 +145,19 @@ def read_tiles(path: Path) -> list[TileRow]:
     if not isinstance(document.get("tiles"), list):
         raise ValueError(f'{path}: "tiles" must be a list of rows, got {document.get("tiles")!r}')
     rows: dict[tuple[str, str, int, int], TileRow] = {}
-    for number, fields in enumerate(document["tiles"]):
+    for index, fields in enumerate(document["tiles"]):
         try:
             row = _parse(fields)
             if row.key in rows:
                 raise ValueError(f"a second row for {row.key}")
         except ValueError as error:
-            raise ValueError(f"{path}: row {number}: {error}") from error
+            raise ValueError(f"{path}: row {index}: {error}") from error
         rows[row.key] = row
     return list(rows.values())
 
 
 def write_tiles(path: Path, rows: Iterable[TileRow], **notes: Any) -> None:
-    """Write rows as `read_tiles` reads them, sorted, one a line, replacing the file at once."""
+    """Writes rows as `read_tiles` reads them, sorted, one a line. `notes` are further fields of the file."""
     lines = []
     for row in sorted(rows, key=lambda row: row.key):
         fields = {name: getattr(row, name) for name in KEY_FIELDS} | asdict(row.tile)
@@ -198,9 +167,7 @@ def write_tiles(path: Path, rows: Iterable[TileRow], **notes: Any) -> None:
     head = "".join(
         f' "{name}": {json.dumps(value)},\n' for name, value in ({"schema": SCHEMA} | notes).items()
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("{\n" + head + ' "tiles": [\n' + ",\n".join(lines) + "\n ]\n}\n")
-    temporary.replace(path)
+    write_atomically(path, "{\n" + head + ' "tiles": [\n' + ",\n".join(lines) + "\n ]\n}\n")
 
 
 def _parse(fields: Any) -> TileRow:
@@ -217,13 +184,14 @@ def _parse(fields: Any) -> TileRow:
         raise ValueError(f"head_dim must be a power of two, at least 16, got {fields['head_dim']}")
     spill = fields.get("spill_bytes")
     if spill is not None and (not _is_integer(spill) or spill < 0):
-        raise ValueError(f"spill_bytes must be a number of bytes, got {spill!r}")
+        raise ValueError(f"spill_bytes must be a number of bytes, at least 0, got {spill!r}")
     tile_ = Tile(**{name: fields[name] for name in TILE_FIELDS})
     return TileRow(**{name: fields[name] for name in KEY_FIELDS}, tile=tile_, spill_bytes=spill)
 
 
 @functools.cache
-def _table(path: str) -> dict[tuple[str, str, int, int], TileRow]:
+def table(path: str) -> dict[tuple[str, str, int, int], TileRow]:
+    """The rows of a file of tiles by key, read once. `table.cache_clear()` forgets what was read."""
     return {row.key: row for row in read_tiles(Path(path))}
 
 
@@ -233,8 +201,8 @@ def _check_key(architecture: Any, bits: Any, head_dim: Any) -> None:
         raise ValueError(f"architecture must be one of {accepted}, got {architecture!r}")
     if bits not in (16, 32):
         raise ValueError(f"bits must be 16 or 32, got {bits!r}")
-    if not _is_integer(head_dim) or not 1 <= head_dim <= 256:
-        raise ValueError(f"head_dim must be an integer in 1..256, got {head_dim!r}")
+    if not _is_integer(head_dim) or not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim must be an integer in 1..{MAX_HEAD_DIM}, got {head_dim!r}")
 
 
 def _is_integer(value: object) -> bool:

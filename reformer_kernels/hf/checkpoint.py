@@ -1,123 +1,138 @@
-"""Checkpoint folders as transformers writes them: config.json and parameters, read and written without it."""
+"""Checkpoint folders as transformers writes them, read and written without transformers."""
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from reformer_kernels._backend import Backend
 from reformer_kernels._checks import kind_of
+from reformer_kernels.config import check_choice
 from reformer_kernels.hf import conversion
-from reformer_kernels.models import ReformerClassifier
+from reformer_kernels.models import (
+    Reformer,
+    ReformerClassifier,
+    ReformerEncoderDecoder,
+    ReformerLM,
+    ReformerQuestionAnswering,
+)
+from reformer_kernels.models.files import (
+    CONFIG,
+    TENSORS,
+    Saveable,
+    check_entries,
+    is_ours,
+    json_bytes,
+    load_model,
+    read_json,
+    read_tensors,
+    to_bytes,
+    write_folder,
+)
 
-CONFIG = "config.json"
-SAFETENSORS = "model.safetensors"
 PICKLED = "pytorch_model.bin"
 INDEX = ".index.json"
+
+OUR_CLASSES: tuple[type[Saveable], ...] = (
+    Reformer,
+    ReformerLM,
+    ReformerClassifier,
+    ReformerQuestionAnswering,
+    ReformerEncoderDecoder,
+)
 
 
 def from_pretrained(
     path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, backend: str = "auto"
 ) -> nn.Module:
-    """Read a checkpoint folder of a transformers Reformer into one of our models. transformers is not needed.
+    """Read a checkpoint folder of a transformers Reformer into one of our models, without transformers.
 
     The folder has config.json and model.safetensors or pytorch_model.bin, in one file or in shards with an
-    index. Pickled files are read with `weights_only=True`: they cannot run code.
+    index. Pickled files are read with `weights_only=True`, so they cannot run code. Folders that `Model.save`
+    wrote are read too.
 
-    The model hashes and attends as transformers does (`LSHConfig.trax`, local attention that wraps around),
-    with these differences: the language model's logits include `lm_head.bias`; any length works without
-    padding by the caller; with a padding mask, positions count tokens alone (transformers' own positions are
-    `position_ids=torch.arange(L)`); in evaluation the rotations are fixed by `hash_seed` (0 where it is
-    null); where `num_buckets` is null, buckets are those of `max_position_embeddings` tokens for a causal
-    model and of each call's length for others (transformers: of the first call's); dropout of the
-    feed-forward layer comes after the activation.
+    The model hashes and attends as transformers does (`LSHConfig.trax`, local attention on a ring of chunks),
+    with these differences:
+    - the language model's logits include `lm_head.bias`;
+    - any length works without padding by the caller;
+    - with a padding mask, positions count tokens only (`position_ids=torch.arange(L)` gives transformers');
+    - in evaluation `hash_seed` fixes the rotations (0 where it is null);
+    - where `num_buckets` is null, a causal model has the buckets of `max_position_embeddings` tokens, others
+      those of each call's length (in transformers those of the first call's);
+    - dropout of the feed-forward layer comes after the activation.
 
     Args:
         path: the folder.
-        dtype: of the parameters; None: as stored.
-        backend: of attention: "auto", "reference", "native" or "triton".
+        dtype: the dtype of the parameters; None keeps the stored one.
+        backend: the back end of attention: "auto", "reference", "native" or "triton". In a folder of ours,
+            "auto" keeps the saved one.
 
     Returns:
-        By the configuration's `architectures`, or where it names none by the parameters: `ReformerLM`
-        (causal, or for a masked language model not), `ReformerClassifier`, `ReformerQuestionAnswering` or
-        `Reformer`; in evaluation mode, on the CPU.
+        the model, in evaluation mode, on the CPU: a `ReformerLM` (causal, or masked), `ReformerClassifier`,
+        `ReformerQuestionAnswering` or `Reformer`. The configuration's `architectures` decide, or where it
+        names none the parameters. A folder of ours gives the class saved in it.
 
     Raises:
-        FileNotFoundError: the folder or a file is not there.
-        ValueError: a file is damaged, the configuration is no Reformer's or has values that are not accepted,
-            or the parameters do not fit it.
-        ImportError: a safetensors file, and the safetensors package is not installed.
+        FileNotFoundError: the folder or a file in it does not exist.
+        ValueError: a file is damaged, the configuration is not a Reformer's or has values that are not
+            accepted, or the parameters do not fit it.
     """
+    check_choice("backend", backend, get_args(Backend))
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"path must be a checkpoint folder, there is none at {str(path)!r}; models on the hub can be "
             "fetched with huggingface_hub.snapshot_download"
         )
-    values = _read_json(folder / CONFIG)
+    values = read_json(folder / CONFIG)
+    if is_ours(values):
+        saved = load_model(folder, OUR_CLASSES, backend=None if backend == "auto" else backend)
+        return saved.to(dtype).eval()
     parameters = _read_parameters(folder)
     try:
-        model = _make(values, parameters, backend)
-    except (TypeError, ValueError) as error:
+        # On the meta device even absurd sizes take no memory before they are compared with the parameters'.
+        with torch.device("meta"):
+            model = _make(values, parameters, backend)
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
     if dtype is None:
         dtype = next((x.dtype for x in parameters.values() if x.is_floating_point()), torch.float32)
-    model.to(dtype)
+    conversion.check_state_dict(model, parameters)
+    model.to(dtype).to_empty(device="cpu")
     conversion.load_state_dict(model, parameters)
     setattr(model, conversion.KEPT, values)
     return model.eval()
 
 
 def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write one of our models as a checkpoint folder that transformers loads: config.json, model.safetensors.
+    """Write one of our models as a folder that transformers loads: config.json and model.safetensors.
 
-    What our configuration does not hold (the numbers of special tokens, names of labels) is written as it was
-    read, for a model that `from_pretrained` made. The head's bias is written under both of its names:
-    transformers before 5.24 reports `lm_head.decoder.bias` as unexpected and leaves the bias out of its
-    logits.
+    For a model that `from_pretrained` made, values that our configuration does not have (special tokens,
+    names of labels) are written as they were read. The head's bias is written under both of its names:
+    transformers before 5.24 reports `lm_head.decoder.bias` as unexpected and leaves it out of its logits.
 
     Args:
         model: a `Reformer`, `ReformerLM`, `ReformerClassifier` or `ReformerQuestionAnswering`.
-        path: the folder; made if it is not there. Files in it of the two names are replaced.
+        path: the folder, which is made if it does not exist. The two files in it are replaced, both or none.
 
     Raises:
         TypeError, ValueError: transformers has no such model; all reasons are listed and nothing is written.
-        ImportError: the safetensors package is not installed.
+        OSError: the folder cannot be written, for want of space or permission.
     """
     values = conversion.config_to(model)
-    parameters = {name: value.clone() for name, value in conversion.state_dict(model).items()}
-    dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
-    safetensors = _safetensors()
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    values["dtype"] = dtype
-    _replace(
-        folder / SAFETENSORS,
-        lambda to: safetensors.save_file(
-            {name: value.cpu() for name, value in parameters.items()}, to, {"format": "pt"}
-        ),
-    )
-    _replace(folder / CONFIG, lambda to: to.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n"))
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the new one, whole."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    parameters = conversion.state_dict(model)
+    values["dtype"] = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
+    write_folder(Path(path), {TENSORS: to_bytes(parameters), CONFIG: json_bytes(values)})
 
 
 def _make(values: Mapping[str, Any], parameters: Mapping[str, Tensor], backend: str) -> nn.Module:
-    """A model of the configuration's kind and sizes."""
+    """A model of the configuration's class and sizes."""
     if values.get("model_type", "reformer") != "reformer":
         raise ValueError(f'model_type must be "reformer", got {values["model_type"]!r}')
     names = values.get("architectures") or [_guess(parameters, values)]
@@ -127,6 +142,7 @@ def _make(values: Mapping[str, Any], parameters: Mapping[str, Tensor], backend: 
         )
     kind = conversion.ARCHITECTURES[names[0]]
     config = conversion.config_from(values, backend=backend)
+    check_entries(config.to_dict(), parameters)
     causal = {"ReformerModelWithLMHead": True, "ReformerForMaskedLM": False}.get(names[0], config.causal)
     if config.causal != causal:
         raise ValueError(f"is_decoder must be {causal} for {names[0]}, got {config.causal}")
@@ -137,7 +153,7 @@ def _make(values: Mapping[str, Any], parameters: Mapping[str, Tensor], backend: 
 
 
 def _guess(parameters: Mapping[str, Tensor], values: Mapping[str, Any]) -> str:
-    """The architecture by what is on top of the model, for checkpoints that do not say."""
+    """The architecture that the parameters on top of the model belong to, for folders that name none."""
     tops = {name.split(".")[0] for name in parameters}
     if "lm_head" in tops:
         return "ReformerModelWithLMHead" if values.get("is_decoder") else "ReformerForMaskedLM"
@@ -149,55 +165,44 @@ def _guess(parameters: Mapping[str, Tensor], values: Mapping[str, Any]) -> str:
 # Files
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"there is no {path.name} in {str(path.parent)!r}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {kind_of(values)}")
-    return values
-
-
 def _read_parameters(folder: Path) -> dict[str, Tensor]:
-    for name in (SAFETENSORS, PICKLED):
+    for name in (TENSORS, PICKLED):
         if (folder / name).is_file():
             return _read_tensors(folder / name)
         if (folder / (name + INDEX)).is_file():
             return _read_shards(folder / (name + INDEX))
     raise FileNotFoundError(
-        f"there are no parameters in {str(folder)!r}: no {SAFETENSORS}, no {PICKLED}, and no index of shards"
+        f"there are no parameters in {str(folder)!r}: no {TENSORS}, no {PICKLED}, and no index of shards"
     )
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """All tensors that an index lists. Each is in the file that the index says, and none besides."""
-    places = _read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(x, str) for x in places.values()):
+    """All tensors that an index lists; each must be in the file that the index says, and no others."""
+    weight_map = read_json(index).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
         raise ValueError(f"{index} must hold weight_map: the file of every parameter")
-    found: dict[str, Tensor] = {}
-    for shard in sorted(set(places.values())):
+    parameters: dict[str, Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
             raise ValueError(f"{index} names a file outside its folder: {shard!r}")
         if not (index.parent / shard).is_file():
             raise FileNotFoundError(f"{index} lists {shard!r}, which is not there")
         tensors = _read_tensors(index.parent / shard)
-        listed = {name for name, file in places.items() if file == shard}
+        listed = {name for name, file in weight_map.items() if file == shard}
         if listed != tensors.keys():
             odd = ", ".join(sorted(listed ^ tensors.keys()))
             raise ValueError(f"{index} and {shard!r} disagree about which parameters are in it: {odd}")
-        found |= tensors
-    return found
+        parameters |= tensors
+    return parameters
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        try:
-            return dict(_safetensors().load_file(path))
-        except (OSError, ValueError, _safetensors_error()) as error:
-            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+        return read_tensors(path)
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -210,20 +215,3 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"{path} must hold names and tensors, got {kind_of(value)} as {name!r}")
     return values
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            f"the safetensors package is needed for model.safetensors ({error}); install it with: "
-            "pip install safetensors"
-        ) from error
-    return safetensors.torch
-
-
-def _safetensors_error() -> type[Exception]:
-    from safetensors import SafetensorError
-
-    return SafetensorError

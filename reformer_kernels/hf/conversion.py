@@ -1,4 +1,4 @@
-"""Between transformers' configuration and parameter names and ours."""
+"""Conversion between the configurations and parameter names of transformers and ours."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ DEFAULTS: dict[str, Any] = {
     "num_hashes": 1,
     "vocab_size": 320,
 }
-"""transformers' `ReformerConfig`: a config.json leaves out what is equal to these."""
+"""The defaults of transformers' `ReformerConfig`, which a config.json leaves out."""
 
 ACTIVATIONS = {
     "relu": "relu",
@@ -63,7 +63,7 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-"""transformers' names of activations to ours; of several the first is written."""
+"""transformers' names of activations and ours; where several mean the same, the first is written."""
 
 ARCHITECTURES: dict[str, type[nn.Module]] = {
     "ReformerModel": Reformer,
@@ -79,7 +79,7 @@ KEPT = "hugging_face_config"
 
 
 def config_from(values: Mapping[str, Any], *, backend: str = "auto") -> ReformerConfig:
-    """Our configuration for that of a config.json. Raises ValueError for values that we do not accept."""
+    """Our configuration for the values of a config.json. Raises ValueError for values not accepted."""
     given = DEFAULTS | dict(values)
     if given["hidden_act"] not in ACTIVATIONS:
         raise ValueError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}, got {given['hidden_act']!r}")
@@ -123,10 +123,10 @@ def config_from(values: Mapping[str, Any], *, backend: str = "auto") -> Reformer
 
 
 def config_to(model: nn.Module) -> dict[str, Any]:
-    """The config.json of one of our models; where it was read from one, the rest of that.
+    """The config.json of one of our models, with the rest of the config.json that it was read from, if any.
 
     Raises:
-        TypeError: not a model that transformers has.
+        TypeError: transformers has no such model.
         ValueError: transformers cannot express the model; all reasons are listed.
     """
     check_expressible(model)
@@ -184,7 +184,7 @@ def architecture_of(model: nn.Module) -> str:
 
 
 def config_of(model: nn.Module) -> ReformerConfig:
-    """A model's configuration. Raises TypeError unless it is one of those that transformers has."""
+    """The configuration of a model. Raises TypeError for a model that transformers does not have."""
     if not isinstance(model, tuple(ARCHITECTURES.values())):
         names = ", ".join(sorted({kind.__name__ for kind in ARCHITECTURES.values()}))
         raise TypeError(f"model must be one of {names}, got {kind_of(model)}")
@@ -193,14 +193,14 @@ def config_of(model: nn.Module) -> ReformerConfig:
 
 
 def axial_table(model: nn.Module) -> AxialPositionalEmbedding | None:
-    """The axial positions of one of our models, if it has any."""
+    """The axial position embedding of one of our models, if it has one."""
     body: Any = model if isinstance(model, Reformer) else model.reformer
     table = body.embedding.positions
     return table if isinstance(table, AxialPositionalEmbedding) else None
 
 
 def check_expressible(model: nn.Module) -> None:
-    """Raises ValueError with all reasons unless the model does what transformers' Reformer always does."""
+    """Raise ValueError, with all reasons, for a model that transformers' Reformer cannot express."""
     config, axial = config_of(model), axial_table(model)
     lsh, trax = config.lsh_config, LSHConfig.trax()
     fixed: list[tuple[str, Any, Any]] = [
@@ -242,33 +242,32 @@ _CONSTANTS = re.compile(r"\.self_attention\.(self_)?mask_value_float(16|32)$")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a parameter of transformers is in our model, and the shape that it has there and here."""
+class Counterpart:
+    """Our parameter for one of transformers', with the shape that it has there."""
 
-    theirs: str
     ours: nn.Parameter
     shape: tuple[int, ...]
 
 
-def places(model: nn.Module) -> dict[str, Place]:
-    """All parameters of one of our models, by transformers' names."""
+def counterparts(model: nn.Module) -> dict[str, Counterpart]:
+    """All parameters of one of our models, under transformers' names."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     axial = axial_table(model)
     axes = 0 if axial is None else len(axial.shape)
-    found = {}
+    pairs = {}
     for theirs, ours in _names(model, axes):
         parameter = parameters[ours]
         shape = tuple(parameter.shape)
         if "position_embeddings.weights" in theirs:
-            # One table an axis, which broadcasts over the grid.
+            # Each axis has a table of its own, which broadcasts over the grid.
             axis = int(theirs.rsplit(".", 1)[1])
             shape = (*(shape[0] if n == axis else 1 for n in range(axes)), shape[1])
-        found[theirs] = Place(theirs, parameter, shape)
-    return found
+        pairs[theirs] = Counterpart(parameter, shape)
+    return pairs
 
 
 def _names(model: nn.Module, axes: int) -> Iterator[tuple[str, str]]:
-    """(transformers' name, our name) of every parameter; `axes` of axial positions, 0 for others."""
+    """Pairs of transformers' and our name of every parameter; `axes` counts the axes of axial positions."""
     prefix = "" if isinstance(model, Reformer) else "reformer."
     both = "weight", "bias"
 
@@ -308,29 +307,29 @@ def _names(model: nn.Module, axes: int) -> Iterator[tuple[str, str]]:
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of one of our models under transformers' names, in its shapes; they share memory.
+    """The parameters of one of our models under transformers' names and in its shapes; they share memory.
 
     Raises:
-        TypeError: not a model that transformers has.
+        TypeError: transformers has no such model.
         ValueError: transformers cannot express the model; all reasons are listed.
     """
     check_expressible(model)
-    values = {name: place.ours.detach().view(place.shape) for name, place in places(model).items()}
+    values = {name: x.ours.detach().view(x.shape) for name, x in counterparts(model).items()}
     if HEAD_BIAS in values:
-        values[DECODER_BIAS] = values[HEAD_BIAS]  # the one that versions from 5.24 on add to their logits
+        values[DECODER_BIAS] = values[HEAD_BIAS]  # which transformers from 5.24 on adds to its logits
     return values
 
 
 def load_state_dict(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy a transformers Reformer's state dict into one of our models.
+    """Copy the state dict of a transformers Reformer into one of our models.
 
     Names of old versions are understood; constants such as `mask_value_float32` are left out. For a
-    `Reformer`, "reformer." may stand before its names or not. Values take the model's dtype and device. With
-    an error the model stays as it was.
+    `Reformer`, names may begin with "reformer." or not. Values are converted to the model's dtype and device.
+    After an error the model is as it was.
 
-    `lm_head.bias` is used, which transformers loads and then leaves out of its logits. `lm_head.decoder.bias`
-    is another name of it in old checkpoints, and from 5.24 on a parameter of its own, which counts in the
-    logits: where both are given and differ, their sum is used.
+    `lm_head.bias` is used, although transformers loads it and leaves it out of its logits.
+    `lm_head.decoder.bias` is another name of it in old checkpoints; from 5.24 on it is a parameter of its
+    own, which is added to the logits. Where both are given and differ, their sum is used.
 
     Args:
         model: a `Reformer`, `ReformerLM`, `ReformerClassifier` or `ReformerQuestionAnswering` of the
@@ -338,10 +337,18 @@ def load_state_dict(model: nn.Module, values: Mapping[str, Tensor]) -> None:
         values: names to tensors.
 
     Raises:
-        TypeError: not a model that transformers has, or values that are no tensors.
+        TypeError: transformers has no such model, or a value is not a tensor.
         ValueError: names are missing or unknown, or shapes or dtypes do not fit; all are listed.
     """
-    wanted, given = places(model), _current_names(model, values)
+    given = check_state_dict(model, values)
+    with torch.no_grad():
+        for name, x in counterparts(model).items():
+            x.ours.copy_(given[name].view(x.ours.shape))
+
+
+def check_state_dict(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict under current names, one entry for each parameter. Raises as `load_state_dict` does."""
+    wanted, given = counterparts(model), _current_names(model, values)
     problems = [f"missing: {name}" for name in wanted if name not in given]
     problems += [f"unknown: {name}" for name in given if name not in wanted]
     for name in (name for name in wanted if name in given):
@@ -354,13 +361,11 @@ def load_state_dict(model: nn.Module, values: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"the state dict does not fit this {type(model).__name__}:\n  " + "\n  ".join(problems)
         )
-    with torch.no_grad():
-        for name, place in wanted.items():
-            place.ours.copy_(given[name].view(place.ours.shape))
+    return given
 
 
 def _current_names(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict without constants, under the names that current versions of transformers write."""
+    """The state dict without constants, under the names of current versions of transformers."""
     given: dict[str, Tensor] = {}
     for name, value in values.items():
         if not isinstance(value, Tensor):
@@ -371,7 +376,7 @@ def _current_names(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, 
     if second is not None:
         first = given.setdefault(HEAD_BIAS, second)
         if second.shape != first.shape or not second.is_floating_point():
-            given[DECODER_BIAS] = second  # to be told
+            given[DECODER_BIAS] = second  # which is then listed as unknown
         elif first.is_floating_point() and not torch.equal(first, second):
             given[HEAD_BIAS] = first + second
     if isinstance(model, Reformer):

@@ -1,4 +1,4 @@
-"""What a Reformer model is made of: one frozen configuration, checked when it is made."""
+"""The configuration of a Reformer model: one frozen value, checked when it is made."""
 
 from __future__ import annotations
 
@@ -28,57 +28,61 @@ MAX_SIZE = 2**31 - 1
 
 @dataclass(frozen=True)
 class ReformerConfig:
-    """The sizes and choices of a `Reformer`, `ReformerLM` or one side of a `ReformerEncoderDecoder`.
+    """The sizes and choices of a `Reformer`, a `ReformerLM` or one side of a `ReformerEncoderDecoder`.
 
     Attributes:
-        vocab_size: V, how many tokens there are.
-        d_model: d, the size of hidden states.
-        layers: the attention of each layer, first to last: "lsh", "local" or "full"; so
+        vocab_size: V, the number of different tokens.
+        d_model: d, the width of hidden states.
+        layers: the attention of each layer, first to last: "lsh", "local" or "full". For example
             ("local", "lsh") * 3 makes six layers.
-        num_heads, head_dim: H heads of size D; None: d / H.
-        d_ff: the feed-forward layer's hidden size; None: 4 d.
-        activation: of the feed-forward layer, GLU variants included: see `chunked_feed_forward`.
-        causal: whether a token sees no later one.
-        lsh: how LSH layers hash and attend; its `causal` is replaced by this configuration's. None:
-            `LSHConfig()`, with window="bucket" where causal, so that training, evaluation and generation
+        num_heads: H, the number of attention heads.
+        head_dim: D, the width of a head; None means d / H.
+        d_ff: the hidden width of the feed-forward layer; None means 4 d.
+        activation: the feed-forward layer's activation, GLU variants included: see `chunked_feed_forward`.
+        causal: whether no token sees a later one.
+        lsh: how LSH layers hash and attend; its `causal` is replaced by this configuration's. None means
+            `LSHConfig()`, with window="bucket" for causal models, so that training, evaluation and generation
             token by token see the same keys.
-        local_chunk_length, local_chunks_before, local_chunks_after, local_ring: of local layers, see
-            `LocalSelfAttention`.
-        positions: "axial", "learned", "sinusoidal" (added to the embedding), "rotary" (in the attention
-            layers) or "none".
+        local_chunk_length, local_chunks_before, local_chunks_after, local_ring: the chunks of local layers;
+            see `LocalSelfAttention`.
+        positions: "axial", "learned" or "sinusoidal" positions are added to the embedding, "rotary" ones act
+            in the attention layers; or "none".
         max_length: the longest sequence that axial and learned positions hold; the others have no bound.
-        bucket_length: automatic bucket factors of LSH layers are those of so many tokens, in every call.
-            None: `max_length` where causal, so that a token has the same buckets whatever comes after it, in
-            training, evaluation and generation; else the length of each call.
-        axial_shape, axial_dims: of `AxialPositionalEmbedding`; None: found from max_length and d_model.
-        rotary_hashing, rotary_base: `hashing` and `base` of `RotaryPositions`: whether LSH layers rotate
-            "before" or "after" hashing.
-        token_context: n: a token's embedding is the sum of one row each for it and for the n - 1 tokens
-            before it, each place with a table of its own. 1: ordinary embeddings.
-        norm: "layer" or "rms", before each attention and feed-forward and at the end.
-        norm_eps: its epsilon.
-        attention_bias: whether query, key and value projections have a bias.
-        attention_out_bias: whether attention's output projection has one.
-        dropout: of embeddings, of each layer's two residuals, in the feed-forward layer and of the output.
-        attention_dropout: of attention weights in LSH and full layers.
-        local_attention_dropout: in local layers; None: as attention_dropout.
-        residual: "float" or "exact": reversible layers, see `ReversibleSequence`; "plain": the same function
-            with autograd's own memory, which grows with depth.
-        keep_layouts: see `ReversibleSequence`; for residual "float".
-        streams: how the two residual streams end: "concat" (2 d wide, as trax and Hugging Face) or "mean" (d
-            wide, as reformer_pytorch).
-        tie_embeddings: a language model's head uses the embedding's weights; needs streams "mean" and
-            token_context 1.
+        bucket_length: the length that automatic bucket factors of LSH layers are for, in every call. None
+            means `max_length` for causal models, so that a token has the same buckets whatever comes after
+            it, in training, evaluation and generation; for other models it means the length of each call.
+        axial_shape, axial_dims: the grid of `AxialPositionalEmbedding`; None derives it from max_length and
+            d_model.
+        rotary_hashing: whether LSH layers rotate "before" or "after" hashing; see `RotaryPositions`.
+        rotary_base: the base of the rotary frequencies.
+        token_context: n, the number of tokens in an embedding: the token itself and the n - 1 before it, each
+            with a table of its own, are summed. 1 gives ordinary embeddings.
+        norm: "layer" or "rms", before each attention and feed-forward layer and at the end.
+        norm_eps: the epsilon of the norms.
+        attention_bias: whether the query, key and value projections have a bias.
+        attention_out_bias: whether the output projection of attention has a bias.
+        dropout: probability of dropping elements of the embedding, of both residuals of a layer, of the
+            feed-forward layer's hidden states and of the output.
+        attention_dropout: probability of dropping attention weights in LSH and full layers.
+        local_attention_dropout: the same in local layers; None means attention_dropout.
+        residual: "float" or "exact" for reversible layers, see `ReversibleSequence`. "plain" computes the
+            same function with ordinary autograd, whose memory grows with depth.
+        keep_layouts: whether the backward pass keeps layouts; see `ReversibleSequence`. Needs residual
+            "float".
+        streams: how the two residual streams end: "concat" (2 d wide, as in trax and Hugging Face) or "mean"
+            (d wide, as in reformer_pytorch).
+        tie_embeddings: whether a language model's head shares the embedding's weights; needs streams "mean"
+            and token_context 1.
         head_bias: whether a language model's head has a bias.
-        cross_attention: of a decoder: "full" or "lsh"; None: there is no memory to attend to.
-        memory_dim: the width of that memory, an encoder's d_out; None: as this configuration's own d_out.
-        init_std: of the normal distribution that weights are drawn from; biases start as zeros.
-        ff_chunk_size: rows in a chunk of the feed-forward layer; None: chosen by memory.
-        seed: of the rotations in evaluation mode and in generation.
+        cross_attention: the cross-attention of a decoder, "full" or "lsh"; None has no memory to attend to.
+        memory_dim: the width of that memory, an encoder's d_out; None means this configuration's own d_out.
+        init_std: standard deviation of the normal distribution of initial weights; biases start at 0.
+        ff_chunk_size: rows in a chunk of the feed-forward layer; None chooses them by memory.
+        seed: the seed of the rotations in evaluation mode and in generation.
         backend: "auto", "reference", "native" or "triton".
 
     Raises:
-        ValueError: a value that is not accepted; the message says what is.
+        ValueError: a value that is not accepted; the message says which ones are.
 
     >>> ReformerConfig(vocab_size=256, layers=("local", "lsh") * 2, causal=True).lsh.window
     'bucket'
@@ -208,18 +212,18 @@ class ReformerConfig:
 
     @property
     def size_of_head(self) -> int:
-        """D: `head_dim`, else d / H."""
+        """D: `head_dim`, or d / H where that is None."""
         return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
     def lsh_config(self) -> LSHConfig:
-        """`lsh`, which is never None once the configuration is made."""
+        """`lsh`, which is never None after the configuration was made."""
         assert self.lsh is not None
         return self.lsh
 
     @property
     def buckets_for(self) -> int | None:
-        """The length that automatic bucket factors are for; None: that of each call."""
+        """The length that automatic bucket factors are for; None means the length of each call."""
         if self.bucket_length is None and self.causal:
             return self.max_length
         return self.bucket_length
@@ -235,12 +239,12 @@ class ReformerConfig:
         return 2 * self.d_model if self.streams == "concat" else self.d_model
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dictionaries, for JSON and checkpoints."""
+        """The configuration as plain numbers, strings, lists and dictionaries, for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ReformerConfig:
-        """The configuration that `to_dict` wrote. Raises ValueError for names or values not accepted."""
+        """The configuration that `to_dict` wrote. Raises ValueError for an unknown name or a bad value."""
         names = {field.name for field in dataclasses.fields(cls)}
         lsh_names = {field.name for field in dataclasses.fields(LSHConfig)}
         lsh = values.get("lsh")

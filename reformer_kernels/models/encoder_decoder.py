@@ -1,4 +1,4 @@
-"""An encoder and a causal decoder that attends to what it made."""
+"""The encoder-decoder: a causal decoder that attends to what an encoder made of the source."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import torch
 from torch import Tensor
 
 from reformer_kernels.models.config import ReformerConfig
-from reformer_kernels.models.files import Saved
+from reformer_kernels.models.encoder import Reformer
+from reformer_kernels.models.files import Saveable
 from reformer_kernels.models.generation import evaluating
-from reformer_kernels.models.reformer import Reformer, ReformerLM
+from reformer_kernels.models.language_model import ReformerLM
 
 
-class ReformerEncoderDecoder(Saved):
+class ReformerEncoderDecoder(Saveable):
     """A `Reformer` over the source, and a `ReformerLM` over the target whose layers attend to it.
 
     Args:
-        encoder: of the source; not causal.
-        decoder: of the target; causal, with cross_attention "full" or "lsh". With "lsh", a target token's
-            windows on the source follow the proportion of source and target lengths, so they depend on how
-            long the target is (not on what later tokens are), and `generate` is not offered.
+        encoder: the configuration of the encoder, not causal.
+        decoder: the configuration of the decoder, causal, with cross_attention "full" or "lsh". With "lsh",
+            the windows of a target token on the source follow the ratio of source and target lengths. They
+            depend on how long the target is (not on what later tokens are), so `generate` refuses it.
 
     Raises:
-        ValueError: configurations that do not fit each other.
+        ValueError: the two configurations do not fit each other.
 
     >>> sizes = {"vocab_size": 50, "d_model": 32, "layers": ("lsh",), "num_heads": 2}
     >>> model = ReformerEncoderDecoder(
@@ -70,10 +71,18 @@ class ReformerEncoderDecoder(Saved):
         target_padding_mask: Tensor | None = None,
         n_hashes: int | None = None,
     ) -> Tensor:
-        """Logits (B, L, V) of the target's next tokens; with labels the loss, as `ReformerLM` has it.
+        """Compute the logits of the target's next tokens, or the loss where labels are given.
 
-        source (B, L_s) int64 and target (B, L) int64 of any lengths; the masks bool, True = padding;
-        n_hashes: of all LSH layers in this call.
+        Args:
+            source: (B, L_s) int64, of any length.
+            target: (B, L) int64, of any length.
+            labels, shift_labels: as for `ReformerLM`.
+            source_padding_mask: (B, L_s) bool, True = padding.
+            target_padding_mask: (B, L) bool, True = padding.
+            n_hashes: hash rounds of all LSH layers in this call; None takes the configurations'.
+
+        Returns:
+            logits (B, L, V); with labels, the mean cross entropy in nats, a float32 scalar.
         """
         memory = self.encoder(source, key_padding_mask=source_padding_mask, n_hashes=n_hashes)
         out: Tensor = self.decoder(
@@ -96,9 +105,9 @@ class ReformerEncoderDecoder(Saved):
         source_padding_mask: Tensor | None = None,
         **options: Any,
     ) -> list[Tensor]:
-        """New target tokens after each row of `prompt` (B, L), given the source: see `generation.generate`.
+        """Continue each row of the target `prompt` (B, L), given the source: see `generation.generate`.
 
-        Needs cross_attention "full". The source is encoded once, with padding rows as in the call.
+        Needs cross_attention "full". The source is encoded once, with `source_padding_mask` as in the call.
         """
         with evaluating(self), torch.no_grad():
             memory = self.encoder(source, key_padding_mask=source_padding_mask)

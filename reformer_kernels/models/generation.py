@@ -1,4 +1,4 @@
-"""Generation by a causal language model, one token after another, each at a cost that does not grow.
+"""Generation by a causal language model, token by token, at a cost per token that does not grow.
 
 `Decoder` holds the caches; `stream` and `generate` choose tokens from its logits.
 """
@@ -7,34 +7,44 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from reformer_kernels.config import check_integer
-from reformer_kernels.models.caches import LayerCache
-
-if TYPE_CHECKING:
-    from reformer_kernels.models.reformer import ReformerLM
+from reformer_kernels.models.config import ReformerConfig
+from reformer_kernels.models.encoder import Reformer
+from reformer_kernels.modules.caches import LayerCache
 
 STOPPED = -1
-"""What `stream` gives for a row that has stopped."""
+"""What `stream` yields for a row that has stopped."""
+
+
+class LanguageModel(Protocol):
+    """What generation needs of a model; `ReformerLM` has it."""
+
+    reformer: Reformer
+    head: nn.Linear
+
+    @property
+    def config(self) -> ReformerConfig: ...
 
 
 class Decoder:
-    """A model's state after some tokens of each row: `prompt` once, then `step` for each token.
+    """The state of a model after some tokens of each row: call `prompt` once, then `step` for each token.
 
-    Its logits are those of the model's own call on the same tokens, where every layer's rule gives a token
-    the same keys whatever follows: LSH layers with window="bucket", local and full layers. With
+    The logits equal those of the model's own call on the same tokens if a token sees the same keys whatever
+    follows it. That holds for local and full layers, and for LSH layers with window="bucket". With
     window="chunks" a new token attends to the prefix as it is sorted when the token comes.
 
     Args:
-        model: a causal `ReformerLM`; its `config.seed` fixes the rotations.
-        max_length: the most tokens that a row will have, prompt included.
-        n_hashes: LSH layers' rounds; None: the configuration's.
-        bucket_length: automatic bucket factors are those of so many tokens; None: the configuration's.
-        memory, memory_padding_mask: of a model with full cross-attention, one row for each prompt.
+        model: a causal `ReformerLM`, whose `config.seed` fixes the rotations.
+        max_length: the largest length of a row, prompt included.
+        n_hashes: hash rounds of the LSH layers; None takes the configuration's.
+        bucket_length: the length that automatic bucket factors are for; None takes the configuration's.
+        memory: (B, L_m, config.size_of_memory), for a model with full cross-attention.
+        memory_padding_mask: (B, L_m) bool, True = padding.
 
     Raises:
         ValueError: the model is not causal, attends to a memory by LSH (its windows there depend on how long
@@ -43,7 +53,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: ReformerLM,
+        model: LanguageModel,
         max_length: int,
         *,
         n_hashes: int | None = None,
@@ -78,14 +88,14 @@ class Decoder:
                 self._memory = [block.f.cross.keys_of(memory) for block in self._blocks]
             if memory_padding_mask is not None:
                 self._memory = [(*pair, memory_padding_mask) for pair in self._memory]
-        self._before = torch.empty(0)  # the tokens that the embedding of the next one looks back at
+        self._before = torch.empty(0)  # the latest tokens, which the next one's embedding includes
 
     @torch.no_grad()
     def prompt(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Take each row's prompt; the logits (B, V) of its next token.
+        """Take the prompt of each row and return the logits (B, V) of its next token.
 
-        tokens (B, L) int64; key_padding_mask (B, L) bool, True = padding, on any side. Rows of one length are
-        computed together and without padding, so that a row's numbers never depend on the others.
+        tokens is (B, L) int64; key_padding_mask is (B, L) bool, True = padding, on any side. Rows of equal
+        length are computed together and without padding, so that no row depends on the others.
         """
         rows = prompt_rows(tokens, key_padding_mask)
         lengths = [row.numel() for row in rows]
@@ -117,7 +127,7 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
-        """Append one token to each row, tokens (B,) int64; the logits (B, V) of the next one."""
+        """Append one token to each row, tokens (B,) int64, and return the logits (B, V) of the next one."""
         if tokens.shape != self.lengths.shape:
             raise ValueError(
                 f"tokens must be one for each of {self.lengths.numel()} rows, got {tuple(tokens.shape)}"
@@ -130,7 +140,7 @@ class Decoder:
         return logits
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows, in this order; a row may come several times. Copies the caches."""
+        """Continue with these rows, in this order; a row may be given several times. Copies the caches."""
         if torch.equal(rows, torch.arange(self.lengths.numel(), device=rows.device)):
             return
         for cache in self._caches:
@@ -150,9 +160,9 @@ class Decoder:
         before: Tensor,
         memory: Sequence[tuple[Tensor, ...]],
     ) -> Tensor:
-        """(B, L) tokens that follow what is in the caches, to the logits of the last ones."""
+        """The logits (B, V) after tokens (B, L) that follow what the caches hold, and which they take in."""
         reformer = self.model.reformer
-        with evaluating(self.model):
+        with evaluating(reformer):
             first = second = reformer.embedding(tokens, positions, before)
             for block, cache, of_layer in zip(self._blocks, caches, memory, strict=True):
                 first = first + block.f.decode(block.norm_f(second), cache, positions, of_layer)
@@ -162,7 +172,7 @@ class Decoder:
 
 
 def stream(
-    model: ReformerLM,
+    model: LanguageModel,
     tokens: Tensor,
     max_new_tokens: int,
     *,
@@ -174,11 +184,10 @@ def stream(
     generator: torch.Generator | None = None,
     **options: Any,
 ) -> Iterator[Tensor]:
-    """Yield the next token of each row, (B,) int64, until `max_new_tokens` or all rows have stopped.
+    """Yield the next token of each row, (B,) int64, until `max_new_tokens` or until all rows have stopped.
 
-    The arguments are those of `generate`, without beams; `options` are `Decoder`'s. A row that has given a
-    stop token gives -1 from then on. The call checks the arguments; the model runs only as far as the
-    iterator is read.
+    The arguments are those of `generate`, without beams. After its stop token a row yields -1. The call
+    checks the arguments at once; the model runs only as far as the iterator is read.
     """
     check_integer("max_new_tokens", max_new_tokens, 1, 2**31 - 1)
     stops = _stop_tokens(stop_tokens, model.config.vocab_size)
@@ -189,11 +198,11 @@ def stream(
     def run() -> Iterator[Tensor]:
         logits = decoder.prompt(tokens, key_padding_mask)
         stopped = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
-        for number in range(max_new_tokens):
+        for count in range(1, max_new_tokens + 1):
             chosen = choose(logits, temperature, top_k, top_p, generator)
             yield chosen.masked_fill(stopped, STOPPED)
             stopped = stopped | torch.isin(chosen, stops.to(chosen.device))
-            if number + 1 == max_new_tokens or bool(stopped.all()):
+            if count == max_new_tokens or bool(stopped.all()):
                 return
             logits = decoder.step(chosen)
 
@@ -201,7 +210,7 @@ def stream(
 
 
 def generate(
-    model: ReformerLM,
+    model: LanguageModel,
     tokens: Tensor,
     max_new_tokens: int,
     *,
@@ -220,22 +229,23 @@ def generate(
     Args:
         model: a causal `ReformerLM`.
         tokens: prompts (B, L) int64.
-        max_new_tokens: how many more, at most.
-        key_padding_mask: (B, L) bool, True = padding, on any side, where prompts have different lengths.
-        temperature: 0: the likeliest token (greedy). Above: drawn from softmax(logits / temperature).
+        max_new_tokens: the largest number of new tokens.
+        key_padding_mask: (B, L) bool, True = padding, on any side, for prompts of different lengths.
+        temperature: 0 takes the likeliest token; above 0, tokens are drawn by softmax(logits / temperature).
         top_k: draw among the k likeliest tokens only.
-        top_p: draw among the fewest tokens that hold this probability together (after `top_k`).
-        beams: above 1, beam search: the best of so many hypotheses by log probability / tokens **
+        top_p: draw among the fewest tokens whose probabilities sum to this or more (after `top_k`).
+        beams: above 1, beam search with so many hypotheses, ranked by log probability / tokens **
             length_penalty.
-        stop_tokens: a row that gives one of them ends there.
-        generator: of the draws; None: torch's global one.
-        options: `Decoder`'s: n_hashes, bucket_length, memory, memory_padding_mask.
+        length_penalty: see `beams`.
+        stop_tokens: a row ends after any of these tokens.
+        generator: the source of random draws; None is torch's global one.
+        options: those of `Decoder`: n_hashes, bucket_length, memory, memory_padding_mask.
 
     Returns:
         for each row its new tokens (n,) int64, the stop token included.
 
     Raises:
-        TypeError, ValueError: arguments out of range, or a model that is not causal.
+        TypeError, ValueError: an argument out of range, or a model that is not causal.
     """
     check_integer("beams", beams, 1, 2**16)
     if beams == 1:
@@ -255,7 +265,7 @@ def generate(
         )
         return [row[row != STOPPED] for row in torch.stack(pieces, dim=1)]
     if temperature != 0:
-        raise ValueError(f"beam search draws nothing: temperature must be 0, got {temperature}")
+        raise ValueError(f"beam search draws no tokens: temperature must be 0, got {temperature}")
     _check_sampling(temperature, top_k, top_p)
     check_integer("max_new_tokens", max_new_tokens, 1, 2**31 - 1)
     stops = _stop_tokens(stop_tokens, model.config.vocab_size)
@@ -272,16 +282,16 @@ def choose(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A token of each row of logits (B, V): see `generate`. -> (B,) int64."""
+    """Choose a token from each row of logits (B, V), as `generate` describes; (B,) int64."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.double() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
+        smallest = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
     if top_p is not None:
-        chances, order = torch.softmax(logits, -1).sort(dim=-1, descending=True, stable=True)
-        dropped = chances.cumsum(-1) - chances >= top_p  # what stands before a token is enough already
+        probabilities, order = torch.softmax(logits, -1).sort(dim=-1, descending=True, stable=True)
+        dropped = probabilities.cumsum(-1) - probabilities >= top_p  # the likelier ones are enough
         logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), float("-inf"))
     return torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)[:, 0]
 
@@ -291,7 +301,7 @@ def beam_search(
 ) -> list[Tensor]:
     """The best hypothesis of each row, by log probability / tokens ** length_penalty.
 
-    A row ends when no hypothesis that still runs can become better than its `beams` best finished ones.
+    A row ends when no running hypothesis can become better than its `beams` best finished ones.
     """
     B, V = logits.shape
     running: list[list[tuple[float, list[int]]]] = [[(0.0, [])] for _ in range(B)]
@@ -302,8 +312,8 @@ def beam_search(
     for length in range(1, max_new_tokens + 1):
         scores = torch.full((B, beams), float("-inf"), dtype=torch.float64, device=logits.device)
         for row, hypotheses in enumerate(running):
-            for place, (score, _) in enumerate(hypotheses):
-                scores[row, place] = score
+            for beam, (score, _) in enumerate(hypotheses):
+                scores[row, beam] = score
         total = scores[..., None] + torch.log_softmax(logits.double(), -1).view(B, beams, V)
         best, index = total.flatten(1).topk(count)
         parents, chosen = list(range(B * beams)), [0] * (B * beams)
@@ -311,8 +321,8 @@ def beam_search(
             if not running[row]:
                 continue
             new: list[tuple[float, list[int]]] = []
-            for score, at in zip(best[row].tolist(), index[row].tolist(), strict=True):
-                parent, token = divmod(at, V)
+            for score, flat in zip(best[row].tolist(), index[row].tolist(), strict=True):
+                parent, token = divmod(flat, V)
                 if score == float("-inf") or len(new) == beams:
                     break
                 hypothesis = (score, [*running[row][parent][1], token])
@@ -337,27 +347,22 @@ def beam_search(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every part of `model` in evaluation mode within, and as it was after."""
-    before = [part for part in model.modules() if part.training]
+    """Put every part of `model` in evaluation mode, and back into its own mode afterwards."""
+    training = [part for part in model.modules() if part.training]
     model.eval()
     try:
         yield
     finally:
-        for part in before:
+        for part in training:
             part.training = True
 
 
 def prompt_rows(tokens: Tensor, key_padding_mask: Tensor | None) -> list[Tensor]:
-    """Each row's tokens without padding; raises for rows without any."""
-    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32) or tokens.dim() != 2:
-        raise ValueError(
-            "prompts must be an integer tensor (batch, length), got "
-            + (
-                f"{tokens.dtype} {tuple(tokens.shape)}"
-                if isinstance(tokens, Tensor)
-                else type(tokens).__name__
-            )
-        )
+    """The tokens of each row without padding. Raises ValueError for a row that has none."""
+    is_tensor = isinstance(tokens, Tensor)
+    if not is_tensor or tokens.dtype not in (torch.int64, torch.int32) or tokens.dim() != 2:
+        got = f"{tokens.dtype} {tuple(tokens.shape)}" if is_tensor else type(tokens).__name__
+        raise ValueError(f"prompts must be an integer tensor (batch, length), got {got}")
     mask = key_padding_mask
     if mask is None:
         mask = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
@@ -368,7 +373,7 @@ def prompt_rows(tokens: Tensor, key_padding_mask: Tensor | None) -> list[Tensor]
         )
     rows = [row[~padding] for row, padding in zip(tokens, mask, strict=True)]
     if not rows or not all(row.numel() for row in rows):
-        raise ValueError("each prompt needs at least one token; start an empty one with a token of your own")
+        raise ValueError("each prompt must have at least one token; begin an empty one with a start token")
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What a Reformer is made of: its embedding, the two parts of a layer, and the modules they choose."""
+"""The parts of a Reformer: its embedding, the two halves of a layer, and the modules they are made of."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reformer_kernels.models.caches import LayerCache
 from reformer_kernels.models.config import LayerKind, ReformerConfig
-from reformer_kernels.modules.attention import FullSelfAttention, LocalSelfAttention, LSHSelfAttention
-from reformer_kernels.modules.cross_attention import CrossAttention
-from reformer_kernels.modules.feed_forward import ChunkedFeedForward
-from reformer_kernels.modules.positions import (
+from reformer_kernels.modules import (
     AxialPositionalEmbedding,
+    ChunkedFeedForward,
+    CrossAttention,
+    FullSelfAttention,
     LearnedPositionalEmbedding,
+    LocalSelfAttention,
+    LSHSelfAttention,
     RotaryPositions,
     SinusoidalPositionalEmbedding,
 )
+from reformer_kernels.modules.caches import LayerCache
 
 
 class TokenEmbedding(nn.Module):
-    """The sum of a row each for a token and for the `context` - 1 tokens before it; then positions are added.
+    """Embeddings of tokens, each with the `context` - 1 tokens before it, and of their positions.
 
-    Before the first token stands nothing. `tokens` is one table of context * V rows: that of the token itself
-    first, then that of the one before, and so on.
+    A token's embedding is the sum of one row for the token itself and one for each token before it; then
+    positions are added. `tokens` is one table of context * V rows: first the V rows for the token itself,
+    then those for the token before it, and so on. Before the first token nothing is added.
     """
 
     def __init__(self, config: ReformerConfig) -> None:
@@ -44,10 +47,13 @@ class TokenEmbedding(nn.Module):
         before: Tensor | None = None,
         padding: Tensor | None = None,
     ) -> Tensor:
-        """tokens (B, L) int64, or their embeddings (B, L, d) -> (B, L, d).
+        """Embed tokens (B, L) int64, or add positions to their embeddings (B, L, d); (B, L, d).
 
-        before: (B, context - 1) tokens that stand before the first, -1 for none.
-        padding: (B, L) bool; padding counts as nothing before the tokens after it.
+        Args:
+            tokens: as above.
+            positions: (L,) or (B, L) int64; None counts from 0.
+            before: (B, context - 1) int64, the tokens before the first one, -1 where there is none.
+            padding: (B, L) bool, True = padding, which adds nothing to the tokens after it.
         """
         if tokens.is_floating_point():
             x = tokens
@@ -77,15 +83,18 @@ class TokenEmbedding(nn.Module):
 
 
 class AttentionPart(nn.Module):
-    """f of a reversible layer: self-attention, and with a memory f(x) = a + cross(norm(x + a)), a = self(x).
+    """The function f of a reversible layer: self-attention a(x), or with a memory a + cross(norm(x + a)).
 
-    The number of the layer picks its rotations out of those of a call.
+    Args:
+        config: sizes and choices.
+        layer: the index of the layer, which decides its kind of attention and its seed.
+        rotary: rotary positions, shared by all layers.
     """
 
-    def __init__(self, config: ReformerConfig, number: int, rotary: RotaryPositions | None) -> None:
+    def __init__(self, config: ReformerConfig, layer: int, rotary: RotaryPositions | None) -> None:
         super().__init__()
-        self.number = number
-        self.attention = make_attention(config, config.layers[number], number, rotary)
+        self.layer = layer
+        self.attention = make_attention(config, layer, rotary)
         self.cross: CrossAttention | None = None
         if config.cross_attention is not None:
             self.cross_norm = make_norm(config, config.d_model)
@@ -98,7 +107,7 @@ class AttentionPart(nn.Module):
                 bias=config.attention_bias,
                 out_bias=config.attention_out_bias,
                 dropout=config.attention_dropout,
-                seed=config.seed + len(config.layers) + number,
+                seed=config.seed + len(config.layers) + layer,
                 backend=config.backend,
             )
         self.dropout = config.dropout
@@ -118,7 +127,7 @@ class AttentionPart(nn.Module):
         options: dict[str, Any] = {"positions": positions}
         if isinstance(self.attention, LSHSelfAttention):
             options |= {"n_hashes": n_hashes, "bucket_length": bucket_length}
-            options["rotations"] = None if rotations is None else rotations[self.number]
+            options["rotations"] = None if rotations is None else rotations[self.layer]
         out = F.dropout(self.attention(x, key_padding_mask, **options), self.dropout, self.training)
         if self.cross is None:
             return out
@@ -127,13 +136,16 @@ class AttentionPart(nn.Module):
         return out + F.dropout(crossed, self.dropout, self.training)
 
     def make_cache(self, max_length: int, n_hashes: int | None, bucket_length: int | None) -> LayerCache:
-        """See `LSHSelfAttention.make_cache`."""
+        """An empty cache for `decode`: see `LSHSelfAttention.make_cache`."""
         if isinstance(self.attention, LSHSelfAttention):
             return self.attention.make_cache(max_length, n_hashes=n_hashes, bucket_length=bucket_length)
         return self.attention.make_cache(max_length)
 
     def decode(self, x: Tensor, cache: Any, positions: Tensor, memory: Sequence[Tensor] = ()) -> Tensor:
-        """See `LSHSelfAttention.decode`; memory: its keys, values and mask, for `CrossAttention.attend`."""
+        """Attend from tokens that follow those in `cache`: see `LSHSelfAttention.decode`.
+
+        `memory` holds the memory's keys, values and padding mask, the arguments of `CrossAttention.attend`.
+        """
         out = self.attention.decode(x, cache, positions)
         if self.cross is not None:
             out = out + self.cross.attend(self.cross_norm(x + out), *memory)
@@ -141,7 +153,7 @@ class AttentionPart(nn.Module):
 
 
 class FeedForwardPart(nn.Module):
-    """g of a reversible layer: the chunked feed-forward layer, with dropout."""
+    """The function g of a reversible layer: the chunked feed-forward layer, with dropout."""
 
     def __init__(self, config: ReformerConfig) -> None:
         super().__init__()
@@ -159,9 +171,10 @@ class FeedForwardPart(nn.Module):
 
 
 def make_attention(
-    config: ReformerConfig, kind: LayerKind, number: int, rotary: RotaryPositions | None
+    config: ReformerConfig, layer: int, rotary: RotaryPositions | None
 ) -> LSHSelfAttention | LocalSelfAttention:
-    """The attention layer of `kind` for layer `number`."""
+    """The self-attention of the layer with this index."""
+    kind: LayerKind = config.layers[layer]
     local_dropout = config.local_attention_dropout
     options: dict[str, Any] = {
         "head_dim": config.size_of_head,
@@ -172,8 +185,8 @@ def make_attention(
         "backend": config.backend,
     }
     if kind == "lsh":
-        # Layers apart, so that two layers do not miss the same neighbours.
-        seed = config.seed + number
+        # Each layer has rotations of its own, so that no two layers miss the same neighbours.
+        seed = config.seed + layer
         return LSHSelfAttention(config.d_model, config.num_heads, config.lsh_config, seed=seed, **options)
     if kind == "full":
         return FullSelfAttention(config.d_model, config.num_heads, causal=config.causal, **options)
@@ -190,7 +203,7 @@ def make_attention(
 
 
 def make_rotary(config: ReformerConfig) -> RotaryPositions | None:
-    """One for all layers, so that they share its table."""
+    """The rotary positions of all layers, which share one table; None for other kinds of positions."""
     if config.positions != "rotary":
         return None
     return RotaryPositions(config.size_of_head, base=config.rotary_base, hashing=config.rotary_hashing)

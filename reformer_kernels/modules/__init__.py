@@ -1,8 +1,10 @@
 """Layers: attention, feed-forward and positions as `nn.Module`s over `reformer_kernels.functional`."""
 
-from reformer_kernels.modules.attention import FullSelfAttention, LocalSelfAttention, LSHSelfAttention
 from reformer_kernels.modules.cross_attention import CrossAttention
 from reformer_kernels.modules.feed_forward import ChunkedFeedForward
+from reformer_kernels.modules.full_attention import FullSelfAttention
+from reformer_kernels.modules.local_attention import LocalSelfAttention
+from reformer_kernels.modules.lsh_attention import LSHSelfAttention
 from reformer_kernels.modules.multihead_attention import MultiheadAttention
 from reformer_kernels.modules.positions import (
     AxialPositionalEmbedding,
@@ -10,10 +12,9 @@ from reformer_kernels.modules.positions import (
     RotaryPositions,
     SinusoidalPositionalEmbedding,
 )
-from reformer_kernels.modules.replace import AttentionReplacement, replace_attention
+from reformer_kernels.modules.replace import ReplacementReport, replace_attention
 
 __all__ = [
-    "AttentionReplacement",
     "AxialPositionalEmbedding",
     "ChunkedFeedForward",
     "CrossAttention",
@@ -22,6 +23,7 @@ __all__ = [
     "LearnedPositionalEmbedding",
     "LocalSelfAttention",
     "MultiheadAttention",
+    "ReplacementReport",
     "RotaryPositions",
     "SinusoidalPositionalEmbedding",
     "replace_attention",

@@ -1,36 +1,38 @@
-"""The Transformer's feed-forward layer, in chunks."""
+"""`ChunkedFeedForward`: the Transformer's feed-forward layer, computed in chunks of rows."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from reformer_kernels.config import check_integer
-from reformer_kernels.functional.chunked import chunked_feed_forward
+from reformer_kernels import functional
+from reformer_kernels.modules.checks import check_dropout, check_positive
 from reformer_kernels.ops.feed_forward.activations import ACTIVATIONS
-
-MAX_WIDTH = 2**31 - 1
 
 
 class ChunkedFeedForward(nn.Module):
-    """outer(dropout(activation(inner(x)))), never holding the d_ff columns of more than one chunk.
+    """The two-layer feed-forward network, which holds the d_ff hidden columns of one chunk of rows at a time.
 
-    Equals `nn.Sequential(nn.Linear, activation, nn.Dropout, nn.Linear)` in results and gradients; see
-    `reformer_kernels.functional.chunked_feed_forward` for the activations, the chunk size and the errors.
+        y = outer(dropout(activation(inner(x))))
+
+    Results and gradients equal those of `nn.Sequential(nn.Linear, activation, nn.Dropout, nn.Linear)`.
+    `forward` maps (..., d_model) to (..., d_model) in x's dtype (the autocast dtype under autocast).
+
+    Source: Kitaev et al., "Reformer" (arXiv 2001.04451), section 3.
 
     Args:
-        d_model: features of input and output.
-        d_ff: features of the hidden layer (after the gate, for gated activations).
-        activation, chunk_size, memory_budget: as for the function.
-        dropout: probability of dropping a hidden element, in training.
-        bias: whether both layers have one.
+        d_model: the number of features of input and output.
+        d_ff: the number of hidden features (after the gate, for gated activations).
+        activation, chunk_size, memory_budget: as in `reformer_kernels.functional.chunked_feed_forward`.
+        dropout: the probability of dropping a hidden element in training.
+        bias: whether both layers have a bias.
 
-    Shapes: (..., d_model) -> (..., d_model).
+    Raises:
+        ValueError: sizes or dropout are out of range, or the activation is unknown.
 
-    Example:
-        >>> layer = ChunkedFeedForward(64, 256, activation="swiglu")
-        >>> layer(torch.randn(2, 100, 64)).shape
-        torch.Size([2, 100, 64])
+    >>> layer = ChunkedFeedForward(64, 256, activation="swiglu")
+    >>> layer(torch.randn(2, 100, 64)).shape
+    torch.Size([2, 100, 64])
     """
 
     def __init__(
@@ -49,15 +51,13 @@ class ChunkedFeedForward(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        check_integer("d_model", d_model, 1, MAX_WIDTH)
-        check_integer("d_ff", d_ff, 1, MAX_WIDTH)
-        width = ACTIVATIONS[activation].inner_width(d_ff)
-        self.inner = nn.Linear(d_model, width, bias=bias, device=device, dtype=dtype)
+        check_positive("d_model", d_model)
+        check_positive("d_ff", d_ff)
+        inner_width = ACTIVATIONS[activation].inner_width(d_ff)
+        self.inner = nn.Linear(d_model, inner_width, bias=bias, device=device, dtype=dtype)
         self.outer = nn.Linear(d_ff, d_model, bias=bias, device=device, dtype=dtype)
         self.activation = activation
-        self.dropout = dropout
+        self.dropout = check_dropout(dropout)
         self.chunk_size = chunk_size
         self.memory_budget = memory_budget
 
@@ -65,7 +65,7 @@ class ChunkedFeedForward(nn.Module):
         return f"activation={self.activation!r}, dropout={self.dropout}"
 
     def forward(self, x: Tensor) -> Tensor:
-        return chunked_feed_forward(
+        return functional.chunked_feed_forward(
             x,
             self.inner.weight,
             self.inner.bias,

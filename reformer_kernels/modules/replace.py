@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from reformer_kernels.config import LSHConfig
-from reformer_kernels.modules.multihead_attention import (
-    Fallback,
-    MultiheadAttention,
-    checked_options,
-    why_not_adopted,
-)
+from reformer_kernels.modules.multihead_arguments import Fallback, checked_options
+from reformer_kernels.modules.multihead_attention import MultiheadAttention
 
 
 @dataclass(frozen=True)
-class AttentionReplacement:
-    """What `replace_attention` did; `print` shows it.
+class ReplacementReport:
+    """Which modules of a model were replaced, and which were kept and why; `print` shows it.
+
+    It is true if anything was replaced.
 
     Attributes:
-        swapped: names of the modules that now are `MultiheadAttention`, as `named_modules` gives them ("" is
-            the model itself).
-        left: names of those that were left as they are, with the reason.
+        replaced: the names of the replaced modules, as `named_modules` gives them ("" is the model itself).
+        kept: the names of the modules that stay as they were, each with the reason.
     """
 
-    swapped: tuple[str, ...]
-    left: dict[str, str]
+    replaced: tuple[str, ...]
+    kept: Mapping[str, str]
+
+    def __bool__(self) -> bool:
+        return bool(self.replaced)
 
     def __str__(self) -> str:
-        if not self.swapped and not self.left:
-            return "no nn.MultiheadAttention found"
-        lines = [f"replaced {len(self.swapped)} nn.MultiheadAttention"]
-        lines += [f"  {_shown(name)}" for name in self.swapped]
-        if self.left:
-            lines.append(f"left {len(self.left)} as they are")
-            lines += [f"  {_shown(name)}: {reason}" for name, reason in self.left.items()]
+        lines = [f"replaced {len(self.replaced)}, kept {len(self.kept)}"]
+        lines += [f"  {_shown(name)}: replaced" for name in self.replaced]
+        lines += [f"  {_shown(name)}: kept, {reason}" for name, reason in self.kept.items()]
         return "\n".join(lines)
 
 
@@ -55,52 +51,52 @@ def replace_attention(
     backend: str = "auto",
     fallback: Fallback | None = None,
     predicate: Callable[[str, nn.MultiheadAttention], bool] | None = None,
-) -> AttentionReplacement:
+) -> ReplacementReport:
     """Turns every `nn.MultiheadAttention` in `model` into a `MultiheadAttention`, in place.
 
-    Each module stays the same object and changes its class: its parameters (so optimizers stay valid),
-    hooks, mode, device, dtype and references stay as they are, a module used in several places stays
-    shared, and `model` may itself be an `nn.MultiheadAttention`. The state dict does not change. Swap before
-    torch.compile. A second call changes nothing that the first one swapped.
+    Each module stays the same object and only changes its class, so its parameters (and the optimizers that
+    hold them), hooks, mode, device and dtype stay as they are, and a module that is used in several places
+    stays shared. `model` may itself be an `nn.MultiheadAttention`. The state dict does not change. Call this
+    before torch.compile. A second call changes nothing that the first one replaced.
 
-    Left as they are, and reported: subclasses of `nn.MultiheadAttention` (they may compute something else;
-    torch's quantizable and parametrised modules are subclasses), modules whose `forward` was replaced on the
-    object, modules compiled by TorchScript, heads of more than 256, add_bias_kv or add_zero_attn with
-    shared_qk, and those for which `predicate(name, module)` is False.
+    Some modules are kept as they are, and reported: subclasses of `nn.MultiheadAttention`, which may compute
+    something else (torch's quantizable and parametrised modules are subclasses); modules whose `forward` was
+    replaced on the object; modules compiled by TorchScript; those with heads of more than 256; those with
+    add_bias_kv or add_zero_attn, if shared_qk; and those for which `predicate(name, module)` is False.
 
     Args:
         model: any module.
         config, full_attention_threshold, shared_qk, seed, backend, fallback: see `MultiheadAttention`.
-        predicate: which modules to swap; None: all.
+        predicate: called with the name and the module, says whether to replace it; None means all.
 
     Returns:
-        `AttentionReplacement`, which names what was swapped, and what was left and why.
+        The names of what was replaced, and of what was kept, with the reasons.
 
     Raises:
-        TypeError, ValueError: a wrong model or option; the model is then as it was.
+        TypeError, ValueError: the model or an option is not accepted; the model is then as it was.
 
     >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, batch_first=True), num_layers=2)
     >>> print(replace_attention(encoder, config=LSHConfig(n_hashes=2)))
-    replaced 2 nn.MultiheadAttention
-      layers.0.self_attn
-      layers.1.self_attn
+    replaced 2, kept 0
+      layers.0.self_attn: replaced
+      layers.1.self_attn: replaced
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     options = checked_options(config, full_attention_threshold, shared_qk, seed, backend, fallback)
-    chosen: dict[str, nn.MultiheadAttention] = {}
-    left: dict[str, str] = {}
+    to_replace: dict[str, nn.MultiheadAttention] = {}
+    kept: dict[str, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
-            reason = why_not_adopted(module, options)
+            reason = MultiheadAttention.why_not_adopted(module, options)
             if reason is None and predicate is not None and not predicate(name, module):
                 reason = "the predicate left it out"
             if reason is None:
-                chosen[name] = module
+                to_replace[name] = module
             else:
-                left[name] = reason
+                kept[name] = reason
         elif isinstance(module, torch.jit.ScriptModule) and module.original_name == "MultiheadAttention":
-            left[name] = "compiled by TorchScript"
-    for module in chosen.values():
+            kept[name] = "compiled by TorchScript"
+    for module in to_replace.values():
         MultiheadAttention.adopt(module, options)
-    return AttentionReplacement(tuple(chosen), left)
+    return ReplacementReport(tuple(to_replace), kept)

@@ -15,40 +15,43 @@ import torch
 from torch import Tensor, nn
 
 from reformer_kernels._backend import Backend, resolve_backend
-from reformer_kernels.reversible import graph as graph
-from reformer_kernels.reversible import recomputation as _replay
-from reformer_kernels.reversible.fused_norm import Normed, check_norm, normalise
-from reformer_kernels.reversible.streams import FixedKind, FloatKind, Norm, StreamKind
+from reformer_kernels.reversible.block_runs import Part
+from reformer_kernels.reversible.fused_norm import Norm, Normed, check_norm, normalise
+from reformer_kernels.reversible.graph import Enter, Leave, SequenceRun
+from reformer_kernels.reversible.recomputation import AutocastState
+from reformer_kernels.reversible.streams import FixedPointFormat, FloatFormat, StreamFormat
 
 Residual = Literal["float", "exact"]
 Route = Literal["f", "g", "both"]
-Streams = Tensor | tuple[Tensor, Tensor]
-
-
-class _InRun:
-    """Marks the call of a block by its sequence, which gives carriers in place of activations."""
-
-    def __init__(self, run: graph.Run) -> None:
-        self.run = run
+TensorOrPair = Tensor | tuple[Tensor, Tensor]
 
 
 class ReversibleBlock(nn.Module):
-    """y1 = x1 + f(x2), y2 = x2 + g(y1).
+    """A reversible residual block.
+
+        y1 = x1 + f(x2), y2 = x2 + g(y1)
+
+    A block that is called by itself, block(x1, x2, ...), keeps its activations like any module and returns
+    (y1, y2, *auxiliary of f, *auxiliary of g). In a `ReversibleSequence` they are rebuilt instead. With FSDP2
+    the block is the unit to shard: `fully_shard(block)`, not `fully_shard(block.f)`.
+
+    Source: Gomez et al., "The Reversible Residual Network" (arXiv 1707.04585), section 3.1.
 
     Args:
-        f, g: modules that keep their input's shape and dtype (under autocast, a lower-precision result is
-            fine). Each may return a tuple (residual, *auxiliary): auxiliary losses and the like.
-        route: which of the two gets the extra arguments of the call.
-        compute_dtype: cast what f and g get to this dtype, as for modules in bfloat16 on float32 streams
-            (FSDP2's `MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)`, say).
-            None: no cast.
-        norm_f, norm_g: nn.LayerNorm or nn.RMSNorm over the last dimension, or None: f(norm_f(x2)),
-            g(norm_g(y1)). Equal to having them inside f and g, but in a reversible sequence the residual step
-            that writes a stream normalises it in the same pass (native back end), without calling the norm's
-            module.
+        f, g: modules that keep their input's shape and dtype (under autocast, a result in lower precision is
+            fine). Each may return a tuple (residual, *auxiliary), such as an auxiliary loss.
+        route: which of the two gets the extra arguments of a call: "f", "g" or "both".
+        compute_dtype: the dtype that the inputs of f and g are cast to, as for modules in bfloat16 on float32
+            streams (such as FSDP2's `MixedPrecisionPolicy(param_dtype=torch.bfloat16,
+            cast_forward_inputs=False)`). None means no cast.
+        norm_f, norm_g: nn.LayerNorm or nn.RMSNorm over the last dimension, or None; the block then computes
+            f(norm_f(x2)) and g(norm_g(y1)). Results are those of norms inside f and g, but in a reversible
+            sequence on the native back end, the residual step that writes a stream normalises it in the same
+            pass, without calling the norm's module.
 
-    Called by itself, a block runs ordinarily: block(x1, x2, ...) -> (y1, y2, *auxiliary of f, *auxiliary of
-    g). With FSDP2, a block is the unit: `fully_shard(block)`, not `fully_shard(block.f)`.
+    Raises:
+        TypeError: f or g is not a module, or a norm is of another kind.
+        ValueError: the route is unknown, or a norm is over more than the last dimension.
     """
 
     def __init__(
@@ -76,120 +79,98 @@ class ReversibleBlock(nn.Module):
         self.norm_f = norm_f
         self.norm_g = norm_g
 
-    def norm_of(self, name: str) -> Norm | None:
-        """What normalises the input of f or g (`name`)."""
-        norm = self.norm_f if name == "f" else self.norm_g
+    def norm_of(self, part: Part) -> Norm | None:
+        """The norm of the input of f or g."""
+        norm = self.norm_f if part == "f" else self.norm_g
         return cast("Norm | None", norm)  # as checked when the block was made
 
-    def norm_after(self, name: str, sign: int) -> Norm | None:
-        """What normalises the stream that `name` has just changed for the block's next part, if there is one.
+    def norm_after(self, part: Part, sign: int) -> Norm | None:
+        """The norm of the stream that `part` has just changed, if the block reads that stream next.
 
-        Forward (sign 1) f comes first, in backward (-1) g.
+        In forward (sign 1) f comes first, in backward (sign -1) g.
         """
-        if name != ("f" if sign > 0 else "g"):
+        if part != ("f" if sign > 0 else "g"):
             return None
         return self.norm_of("g" if sign > 0 else "f")
 
     def call_part(
         self,
-        name: str,
+        part: Part,
         value: Tensor,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         normed: Normed | None = None,
     ) -> tuple[Any, tuple[Any, ...]]:
-        """f or g (`name`) on `value`, with the extra arguments if they are routed to it: (residual,
-        auxiliary)."""
-        module = self.f if name == "f" else self.g
-        norm = self.norm_of(name)
+        """f or g on `value`, with the extra arguments if they are routed to it: (residual, auxiliary)."""
+        module = self.f if part == "f" else self.g
+        norm = self.norm_of(part)
         if norm is not None:
             value = normalise(value, norm, normed)
         if self.compute_dtype is not None:
             value = value.to(self.compute_dtype)
-        result = module(value, *args, **kwargs) if self.route in (name, "both") else module(value)
+        result = module(value, *args, **kwargs) if self.route in (part, "both") else module(value)
         if isinstance(result, tuple) and result:
             return result[0], tuple(result[1:])
         return result, ()
 
     def forward(self, x1: Tensor, x2: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args and isinstance(args[0], _InRun):
-            return self._step(args[0].run, x1, x2, args[1:], kwargs)
+        if args and isinstance(args[0], SequenceRun):  # a call by the block's sequence, with carriers
+            return args[0].run_block(self, x1, x2, args[1:], kwargs)
         residual, auxiliary_f = self.call_part("f", x2, args, kwargs)
         y1 = x1 + residual
         residual, auxiliary_g = self.call_part("g", y1, args, kwargs)
         return y1, x2 + residual, *auxiliary_f, *auxiliary_g
 
-    def _step(
-        self, run: graph.Run, first: Tensor, second: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[Tensor, ...]:
-        for carrier in (first, second):
-            if not graph.is_carrier(carrier) or carrier.dtype != run.kind.dtype:
-                raise RuntimeError(
-                    f"block {len(run.auxiliary)} got an input that something changed on the way from the "
-                    f"sequence (dtype {carrier.dtype}, expected {run.kind.dtype}). With FSDP2 mixed "
-                    "precision, use MixedPrecisionPolicy(..., cast_forward_inputs=False) on blocks; with "
-                    "hooks, leave inputs alone"
-                )
-        structure, constants, arguments = graph.take_tensors((tuple(args), dict(kwargs)))
-        parameters = _replay.Parameters(self)
-        result: tuple[Tensor, ...] = graph.Step.apply(
-            run,
-            self,
-            parameters,
-            graph.ArgumentSpec(structure, constants),
-            len(arguments),
-            first,
-            second,
-            *arguments,
-            *parameters.distinct,
-        )
-        return result
-
 
 class ReversibleSequence(nn.Module):
-    """Blocks y1 = x1 + f(x2), y2 = x2 + g(y1) one after another, at the activation memory of one.
+    """Reversible blocks one after another, with the activation memory of a single one.
 
-    The streams are updated in place; the backward pass rebuilds each block's input from its output and runs
-    the block again. Gradients reach inputs, parameters and extra arguments through the ordinary autograd
-    graph, one node a block: hooks, `torch.autograd.grad`, `retain_graph`, DistributedDataParallel,
-    `torch.utils.checkpoint` and FSDP2 (`fully_shard` on blocks, with `cast_forward_inputs=False` if it has a
-    mixed-precision policy) see what they see of other modules. Kept for each block: the random-number state
-    before f and before g, autocast's settings, and references to the arguments.
+        y1 = x1 + f(x2), y2 = x2 + g(y1) for each block
+
+    The two streams are updated in place; the backward pass rebuilds each block's input from its output and
+    runs the block again. Gradients reach inputs, parameters and extra arguments through the ordinary autograd
+    graph, with one node for each block. So hooks, `torch.autograd.grad`, `retain_graph`,
+    DistributedDataParallel, `torch.utils.checkpoint` and FSDP2 (`fully_shard` on blocks, and
+    `cast_forward_inputs=False` in a mixed-precision policy) work as with other modules. For each block, the
+    state of the random number generators before f and before g, autocast's settings and references to the
+    arguments are kept.
+
+    A call takes x, then any extra arguments for f and g. x is (..., 2 d), two streams side by side, or a pair
+    of floating-point tensors of one shape. Tensors among the extra arguments, also within tuples, lists and
+    dicts, get gradients. The result has x's form. If some f or g returned a tuple, the result is (streams,
+    auxiliary), where auxiliary has for each block the tuple of what its f and its g returned after the
+    residual.
+
+    Source: Gomez et al., "The Reversible Residual Network" (arXiv 1707.04585), as used in Kitaev et al.,
+    "Reformer" (arXiv 2001.04451), section 3.
 
     Args:
         blocks: (f, g) pairs of modules, or `ReversibleBlock`s.
-        residual: "float": streams in the input's dtype (float32 under autocast); a rebuilt activation differs
-            from the first one by rounding, which grows with depth. "exact": streams in fixed point (int32),
-            where a rebuilt activation equals the first to the last bit.
-        scale: for "exact": a power of two, the streams' steps per unit; values must stay below 2**31 / scale.
-            None: chosen in each call from the input, so that streams may grow to 256 times its largest value,
-            or 256 if that is below 1.
-        route, compute_dtype: of the blocks that are given as pairs: see `ReversibleBlock`.
-        preserve_random_state: recompute with the random numbers of the first run (dropout needs it).
-        keep_layouts: keep what modules choose through `remember` (LSH attention's layouts), so that rounding
-            in a rebuilt activation cannot flip a hash. Float mode only: exact mode has no rounding.
-        backend: of the steps in exact mode and of those that normalise: "auto", "native" (CPU) or
-            "reference". Fixed-point steps give the same bits in all.
-
-    Shapes:
-        x: (..., 2 d), two streams side by side, or a pair of tensors of one shape. The result has the same
-        form. Extra arguments may be anything; tensors among them (also within tuples, lists and dicts) get
-        gradients.
-
-    Returns the streams; if some f or g returned a tuple, (streams, auxiliary): for each block, the tuple of
-    what its f and its g returned after the residual.
+        residual: "float" keeps streams in the input's dtype (float32 under autocast); a rebuilt activation
+            then differs from the first one by rounding, which grows with depth. "exact" keeps streams in
+            fixed point (int32), where a rebuilt activation equals the first one to the last bit.
+        scale: for "exact", the steps per unit of the streams, a power of two from 2**-60 to 2**60; values
+            must stay below 2**31 / scale. None chooses it in each call from the input, so that streams may
+            grow to 256 times its largest value, or to 256 if that value is below 1.
+        route, compute_dtype: those of the blocks that are given as pairs, see `ReversibleBlock`.
+        preserve_random_state: whether to recompute with the random numbers of the first run, as dropout
+            requires.
+        keep_layouts: whether to keep what modules choose through `remember` (LSH attention's layouts), so
+            that rounding in a rebuilt activation cannot change a hash. For "float" only: "exact" has no
+            rounding.
+        backend: the back end of the steps in fixed point and of those that normalise: "auto", "reference",
+            "native" or "triton". Steps in fixed point give the same bits on all.
 
     Raises:
-        TypeError, ValueError: input or blocks of the wrong kind or shape.
+        TypeError, ValueError: blocks, input or settings are not accepted.
         RuntimeError: a block changed its input in place, or uses a tensor from outside whose gradient would
             be lost; a parameter changed between forward and backward; a second derivative is asked for.
-        FloatingPointError: "exact": values of an earlier step left the representable range (see `check`).
+        FloatingPointError: with "exact", values of an earlier call left the representable range (see
+            `check`).
 
-    Example:
-        >>> block = lambda: (nn.Linear(8, 8), nn.Linear(8, 8))
-        >>> layers = ReversibleSequence([block() for _ in range(3)])
-        >>> layers(torch.randn(2, 5, 16)).shape
-        torch.Size([2, 5, 16])
+    >>> layers = ReversibleSequence([(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(3)])
+    >>> layers(torch.randn(2, 5, 16)).shape
+    torch.Size([2, 5, 16])
     """
 
     def __init__(
@@ -216,63 +197,67 @@ class ReversibleSequence(nn.Module):
             raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
         if keep_layouts and residual == "exact":
             raise ValueError(
-                'keep_layouts is for residual="float": exact streams rebuild layouts bit for bit'
+                'keep_layouts is for residual="float"; leave it out with residual="exact", which rebuilds '
+                "layouts bit for bit"
             )
         self.blocks = nn.ModuleList(
-            _as_block(block, number, route, compute_dtype) for number, block in enumerate(blocks)
+            _as_block(block, index, route, compute_dtype) for index, block in enumerate(blocks)
         )
         self.residual = residual
         self.scale = scale
         self.preserve_random_state = preserve_random_state
         self.keep_layouts = keep_layouts
         self.backend = backend
-        # Not buffers: DistributedDataParallel would overwrite each process's flag with the first one's.
+        # Not buffers, as DistributedDataParallel would overwrite each process's flags with the first one's.
         self._flags: dict[torch.device, Tensor] = {}
 
     def extra_repr(self) -> str:
         return f"residual={self.residual!r}" + ("" if self.scale is None else f", scale={self.scale}")
 
     @torch.compiler.disable(recursive=False)
-    def forward(self, x: Streams, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: TensorOrPair, *args: Any, **kwargs: Any) -> Any:
         first, second, joined = _two_streams(x)
         self._refuse_sharded_parts()
-        run = graph.Run(
-            self._stream_kind(first),
-            preserve_random_state=self.preserve_random_state,
+        run = SequenceRun(
+            self._stream_format(first),
+            keep_random_state=self.preserve_random_state,
             keep_layouts=self.keep_layouts,
         )
-        first, second = graph.Enter.apply(run, first, second)
+        first, second = Enter.apply(run, first, second)
         auxiliary = []
         for block in self.blocks:
-            first, second, *extra = block(first, second, _InRun(run), *args, **kwargs)
-            auxiliary.append(graph.fill_tensors(*run.auxiliary[-1], extra))
-        results = graph.Leave.apply(run, joined, first, second)
+            first, second, *tensors = block(first, second, run, *args, **kwargs)
+            auxiliary.append(run.auxiliary[-1].fill(tensors))
+        results = Leave.apply(run, joined, first, second)
         return _with_auxiliary(results[0] if joined else results, auxiliary)
 
-    def plain(self, x: Streams, *args: Any, **kwargs: Any) -> Any:
-        """The same blocks in floating point with autograd's own graph: memory grows with depth.
+    def plain(self, x: TensorOrPair, *args: Any, **kwargs: Any) -> Any:
+        """The same blocks in floating point with autograd's own graph, whose memory grows with depth.
 
-        For comparison, and where second derivatives are needed. Same arguments and results as the call.
+        For comparison, and where second derivatives are needed. Arguments and results are those of a call.
         """
         first, second, joined = _two_streams(x)
         dtype = _stream_dtype(first)
         first, second = first.to(dtype), second.to(dtype)
         auxiliary = []
         for block in self.blocks:
-            first, second, *extra = block(first, second, *args, **kwargs)
-            auxiliary.append(tuple(extra))
+            first, second, *of_block = block(first, second, *args, **kwargs)
+            auxiliary.append(tuple(of_block))
         return _with_auxiliary(torch.cat((first, second), dim=-1) if joined else (first, second), auxiliary)
 
     def check(self) -> None:
-        """Raises FloatingPointError if, in exact mode, a value since the last check left the range or was not
-        finite. Waits for the device. Each call of the sequence checks the steps before it in the same way."""
+        """Raises FloatingPointError if values since the last check were not finite or left the range.
+
+        This concerns residual="exact" only. It waits for the device. Each call of the sequence checks the
+        calls before it in the same way.
+        """
         for device, flag in self._flags.items():
             if flag.item():
                 flag.zero_()
                 raise FloatingPointError(
                     f'residual="exact": a value on {device} was not finite or left the range of the '
-                    "fixed-point "
-                    "streams in an earlier step, whose results are wrong. The range is 2**31 / scale: "
+                    "fixed-point streams in an earlier step, whose results are wrong. The range is "
+                    "2**31 / scale: "
                     + (
                         "256 times the larger of 1 and the largest input, as scale is automatic; give a "
                         "smaller scale"
@@ -281,29 +266,28 @@ class ReversibleSequence(nn.Module):
                     )
                 )
 
-    def _stream_kind(self, first: Tensor) -> StreamKind:
+    def _stream_format(self, first: Tensor) -> StreamFormat:
         dtype = _stream_dtype(first)
         if self.residual == "float":
-            fuses = any(block.norm_f is not None or block.norm_g is not None for block in self.blocks)
-            return FloatKind(
-                dtype, resolve_backend(self.backend, first.device, dtype) if fuses else "reference"
-            )
+            normalises = any(block.norm_f is not None or block.norm_g is not None for block in self.blocks)
+            backend = resolve_backend(self.backend, first.device, dtype) if normalises else "reference"
+            return FloatFormat(dtype, backend)
         self.check()
         flag = self._flags.get(first.device)
         if flag is None:
             flag = self._flags[first.device] = torch.zeros(1, dtype=torch.int32, device=first.device)
-        return FixedKind(dtype, self.scale, flag, resolve_backend(self.backend, first.device, dtype))
+        return FixedPointFormat(dtype, self.scale, flag, resolve_backend(self.backend, first.device, dtype))
 
     def _refuse_sharded_parts(self) -> None:
         fsdp = sys.modules.get("torch.distributed.fsdp")
         sharded = getattr(fsdp, "FSDPModule", None)
         if sharded is None:
             return
-        for number, block in enumerate(self.blocks):
+        for index, block in enumerate(self.blocks):
             for name, module in block.named_modules():
                 if name and isinstance(module, sharded):
                     raise RuntimeError(
-                        f"fully_shard was applied to {name!r} within block {number}: its gradients would be "
+                        f"fully_shard was applied to {name!r} within block {index}: its gradients would be "
                         "lost, as the block runs its parts again on its own. Apply fully_shard to the block"
                     )
 
@@ -311,20 +295,20 @@ class ReversibleSequence(nn.Module):
         return {**self.__dict__, "_flags": {}}
 
 
-def _as_block(block: Any, number: int, route: Route, compute_dtype: torch.dtype | None) -> ReversibleBlock:
+def _as_block(block: Any, index: int, route: Route, compute_dtype: torch.dtype | None) -> ReversibleBlock:
     if isinstance(block, ReversibleBlock):
         return block
     if isinstance(block, tuple | list | nn.ModuleList | nn.Sequential) and len(block) == 2:
         return ReversibleBlock(block[0], block[1], route=route, compute_dtype=compute_dtype)
     size = f" of length {len(block)}" if hasattr(block, "__len__") else ""
     raise TypeError(
-        f"block {number} must be a pair of modules (f, g) or a ReversibleBlock, got "
+        f"block {index} must be a pair of modules (f, g) or a ReversibleBlock, got "
         f"{type(block).__name__}{size}"
     )
 
 
 def _two_streams(x: Any) -> tuple[Tensor, Tensor, bool]:
-    """The streams, and whether they came side by side in one tensor."""
+    """The two streams of an input, and whether they came side by side in one tensor."""
     if isinstance(x, Tensor):
         if x.dim() == 0 or x.shape[-1] % 2 or x.shape[-1] == 0:
             raise ValueError(
@@ -351,11 +335,10 @@ def _two_streams(x: Any) -> tuple[Tensor, Tensor, bool]:
 
 
 def _stream_dtype(stream: Tensor) -> torch.dtype:
-    """The input's dtype, but never below float32 under autocast: sums of many residuals need the
-    precision."""
-    autocast = _replay.AutocastState(stream.device).enabled
+    """The input's dtype; at least float32 under autocast, as sums of many residuals need the precision."""
+    autocast = AutocastState(stream.device).enabled
     return torch.float32 if autocast and stream.dtype.itemsize < 4 else stream.dtype
 
 
-def _with_auxiliary(streams: Streams, auxiliary: list[tuple[Any, ...]]) -> Any:
+def _with_auxiliary(streams: TensorOrPair, auxiliary: list[tuple[Any, ...]]) -> Any:
     return (streams, auxiliary) if any(auxiliary) else streams

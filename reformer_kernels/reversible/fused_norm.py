@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm of a residual stream whose results a residual step has already computed."""
+"""LayerNorm and RMSNorm of a residual stream, where a residual step has already computed the result."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Norm = nn.LayerNorm | nn.RMSNorm
+
 
 @dataclass(frozen=True)
 class Normed:
-    """A stream's normalisation: the result (rows, columns) and the statistics (rows,) that its gradient
-    needs."""
+    """A normalised stream, and the statistics that its gradient needs."""
 
-    kind: str  # "layer" or "rms"
-    result: Tensor
-    mean: Tensor
-    rstd: Tensor
+    normalization: str  # "layer" or "rms"
+    result: Tensor  # (rows, columns)
+    mean: Tensor  # (rows,)
+    rstd: Tensor  # (rows,), 1 / sqrt(variance + epsilon)
 
 
 def check_norm(name: str, norm: nn.Module | None) -> None:
-    """Raises unless residual steps can compute `norm`."""
+    """Raises TypeError or ValueError unless residual steps can compute `norm`; None passes."""
     if norm is None:
         return
     if not isinstance(norm, nn.LayerNorm | nn.RMSNorm):
@@ -33,24 +34,24 @@ def check_norm(name: str, norm: nn.Module | None) -> None:
         )
 
 
-def settings(norm: nn.LayerNorm | nn.RMSNorm, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Kind, weight, bias and epsilon as the residual operators take them."""
+def norm_arguments(norm: Norm, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The normalization, weight, bias and epsilon, as the residual operators take them."""
     if isinstance(norm, nn.LayerNorm):
         return "layer", norm.weight, norm.bias, norm.eps
-    # As torch: the epsilon of the dtype in which it computes.
+    # By default torch takes the epsilon of the dtype in which it computes.
     automatic = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     return "rms", norm.weight, None, automatic if norm.eps is None else norm.eps
 
 
 class _Normalise(torch.autograd.Function):
-    """The result that is there already, with the gradient that belongs to it."""
+    """Returns the result that was computed before, and computes its gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, value: Tensor, weight: Tensor | None, bias: Tensor | None, normed: Normed
     ) -> Tensor:
         ctx.save_for_backward(value, weight, bias, normed.mean, normed.rstd)
-        ctx.kind = normed.kind
+        ctx.normalization = normed.normalization
         return normed.result.detach()
 
     @staticmethod
@@ -59,29 +60,31 @@ class _Normalise(torch.autograd.Function):
         value, weight, bias, mean, rstd = ctx.saved_tensors
         columns = value.shape[-1]
         mean, rstd = mean.unsqueeze(-1), rstd.unsqueeze(-1)
-        if ctx.kind == "layer" and value.dtype == torch.float32:
-            of_value, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
+        if ctx.normalization == "layer" and value.dtype == torch.float32:
+            value_grad, weight_grad, bias_grad = torch.ops.aten.native_layer_norm_backward(
                 grad.contiguous(), value, [columns], mean, rstd, weight, bias, list(ctx.needs_input_grad[:3])
             )
-            return of_value, of_weight, of_bias, None
-        # y = w n + b with n = (x - mean) rstd:  dn = w dy,  dx = rstd (dn - mean(dn) - n mean(dn n)), and for
-        # RMSNorm without the second term.
+            return value_grad, weight_grad, bias_grad, None
+        # y = w n + b with n = (x - mean) rstd gives dn = w dy and dx = rstd (dn - mean(dn) - n mean(dn n)).
+        # RMSNorm has no mean(dn).
         wide = grad.float()
-        normal = (value.float() - mean) * rstd
-        of_normal = wide if weight is None else wide * weight.float()
-        of_value = of_normal - normal * (of_normal * normal).mean(-1, keepdim=True)
-        if ctx.kind == "layer":
-            of_value = of_value - of_normal.mean(-1, keepdim=True)
+        standardised = (value.float() - mean) * rstd
+        standardised_grad = wide if weight is None else wide * weight.float()
+        value_grad = standardised_grad - standardised * (standardised_grad * standardised).mean(
+            -1, keepdim=True
+        )
+        if ctx.normalization == "layer":
+            value_grad = value_grad - standardised_grad.mean(-1, keepdim=True)
         rows = tuple(range(grad.dim() - 1))
-        of_weight = None if weight is None else (wide * normal).sum(rows).to(weight.dtype)
-        of_bias = None if bias is None else wide.sum(rows).to(bias.dtype)
-        return (of_value * rstd).to(value.dtype), of_weight, of_bias, None
+        weight_grad = None if weight is None else (wide * standardised).sum(rows).to(weight.dtype)
+        bias_grad = None if bias is None else wide.sum(rows).to(bias.dtype)
+        return (value_grad * rstd).to(value.dtype), weight_grad, bias_grad, None
 
 
-def normalise(value: Tensor, norm: nn.LayerNorm | nn.RMSNorm, normed: Normed | None) -> Tensor:
+def normalise(value: Tensor, norm: Norm, normed: Normed | None) -> Tensor:
     """norm(value), as a differentiable function of `value` and the module's parameters.
 
-    normed: what a residual step computed; None: the module computes it.
+    `normed` is what a residual step computed; with None the module computes it.
     """
     if normed is None:
         result: Tensor = norm(value)

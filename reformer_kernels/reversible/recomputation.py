@@ -1,26 +1,22 @@
 """What a recomputation must put back so that a module's second run equals its first.
 
-Used by the reversible layers: the random-number state and autocast as they were (`Ambient`), the parameters
-that the first run used (`Parameters`), values that a module asked to keep (`remember`), and the check that
-nothing outside these feeds gradients into the module (`foreign_leaves`).
+That is the state of the random number generators (`RandomState`), autocast's settings (`AutocastState`), and
+the parameters and buffers that the first run used (`ModuleTensors`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-T = TypeVar("T")
-
 
 class RandomState:
-    """The state of torch's generators: the CPU's, and those of the devices that hold `tensors`."""
+    """The state of torch's random number generators: the CPU's, and those of the devices of `tensors`."""
 
     __slots__ = ("cpu", "device_type", "devices", "states")
 
@@ -42,7 +38,7 @@ class RandomState:
 
 @contextlib.contextmanager
 def random_state_preserved(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Leaves torch's generators as they were, however the body ends."""
+    """Puts torch's generators back to their present state at the end, also after an exception."""
     before = RandomState(tensors)
     try:
         yield
@@ -51,14 +47,15 @@ def random_state_preserved(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 class AutocastState:
-    """Autocast's settings for the CPU and for one device."""
+    """The present settings of autocast, for the CPU and for one device."""
 
     __slots__ = ("settings",)
 
     def __init__(self, device: torch.device) -> None:
-        kinds = ["cpu"] if device.type in ("cpu", "meta") else ["cpu", device.type]
+        device_types = ["cpu"] if device.type in ("cpu", "meta") else ["cpu", device.type]
         self.settings = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds
+            (device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+            for device_type in device_types
         ]
 
     @property
@@ -67,63 +64,69 @@ class AutocastState:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Autocast as it was when this was made, without its cache of cast weights.
+        """A context with autocast as it was when this was made, but without its cache of cast weights.
 
-        A reversible block runs on aliases of its parameters, each used for one run: cached casts would never
-        be found again and would hold a second copy of every weight until autocast ends.
+        A reversible block runs on aliases of its parameters, each used for one run only: cached casts would
+        never be used again, and would hold a second copy of every weight until autocast ends.
         """
         with contextlib.ExitStack() as stack:
-            for kind, enabled, dtype in self.settings:
-                if enabled or torch.is_autocast_enabled(kind):
+            for device_type, enabled, dtype in self.settings:
+                if enabled or torch.is_autocast_enabled(device_type):
                     stack.enter_context(
-                        torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+                        torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
                     )
             yield
 
 
-class Parameters:
-    """A module's parameters and buffers as one run of it found them, and their places.
+class ModuleTensors:
+    """The parameters and buffers of a module and its submodules, as they are before a run.
 
-    `distinct` lists each parameter once, shared ones too.
+    Attributes:
+        parameters: each parameter once, shared ones too.
+        owners: the module, the name and the index in `parameters` of each registration of a parameter.
+        buffers: the module, the name, the buffer and its version.
+        stateful: the buffers that the first run changes, see `note_stateful_buffers`.
+        versions: the version of each parameter.
     """
 
-    __slots__ = ("buffers", "distinct", "places", "stateful", "versions")
+    __slots__ = ("buffers", "owners", "parameters", "stateful", "versions")
 
     def __init__(self, module: nn.Module) -> None:
-        index: dict[int, int] = {}
-        self.distinct: list[Tensor] = []
-        self.places: list[tuple[nn.Module, str, int]] = []
+        indices: dict[int, int] = {}
+        self.parameters: list[Tensor] = []
+        self.owners: list[tuple[nn.Module, str, int]] = []
         self.buffers: list[tuple[nn.Module, str, Tensor, int]] = []
-        for part in module.modules():
-            for name, parameter in part._parameters.items():
+        for submodule in module.modules():
+            for name, parameter in submodule._parameters.items():
                 if parameter is None:
                     continue
                 if nn.parameter.is_lazy(parameter):
                     raise ValueError(
-                        f"parameter {name!r} of {type(part).__name__} has no shape yet: run lazy modules "
-                        "once on an example before they go into a ReversibleSequence"
+                        f"parameter {name!r} of {type(submodule).__name__} has no shape yet: run lazy "
+                        "modules once on an example before they go into a ReversibleSequence"
                     )
-                number = index.setdefault(id(parameter), len(self.distinct))
-                if number == len(self.distinct):
-                    self.distinct.append(parameter)
-                self.places.append((part, name, number))
-            for name, buffer in part._buffers.items():
+                index = indices.setdefault(id(parameter), len(self.parameters))
+                if index == len(self.parameters):
+                    self.parameters.append(parameter)
+                self.owners.append((submodule, name, index))
+            for name, buffer in submodule._buffers.items():
                 if buffer is not None:
-                    self.buffers.append((part, name, buffer, version(buffer)))
-        self.versions = [version(parameter) for parameter in self.distinct]
+                    self.buffers.append((submodule, name, buffer, version(buffer)))
+        self.versions = [version(parameter) for parameter in self.parameters]
         self.stateful: list[Tensor] = []
 
     def note_stateful_buffers(self) -> None:
-        """Call after the first run: buffers that it changed must survive a second run unchanged."""
+        """To be called after the first run: the second run must leave what it changed as it is."""
         self.stateful = [
             buffer
-            for part, _, buffer, before in self.buffers
-            # Running statistics change without being counted.
-            if version(buffer) != before or isinstance(part, nn.modules.batchnorm._NormBase)
+            for submodule, _, buffer, before in self.buffers
+            # The running statistics of batch norm change without a change of version.
+            if version(buffer) != before or isinstance(submodule, nn.modules.batchnorm._NormBase)
         ]
 
     def check_unchanged(self, what: str) -> None:
-        for parameter, expected in zip(self.distinct, self.versions, strict=True):
+        """Raises RuntimeError if a parameter was changed in place since the first run."""
+        for parameter, expected in zip(self.parameters, self.versions, strict=True):
             if version(parameter) != expected:
                 raise RuntimeError(
                     f"a parameter of {what}, shape {tuple(parameter.shape)}, was changed in place between "
@@ -132,39 +135,39 @@ class Parameters:
                 )
 
     def aliases(self) -> list[Tensor]:
-        """Leaves that share the parameters' memory.
+        """Leaf tensors that share the parameters' memory.
 
-        Gradients of a run on aliases reach neither the hooks nor the `.grad` of the parameters themselves:
+        Gradients of a run on aliases do not reach the hooks and the `.grad` of the parameters themselves:
         the outer graph delivers them there, once.
         """
-        return [_alias(parameter) for parameter in self.distinct]
+        return [_alias(parameter) for parameter in self.parameters]
 
     @contextlib.contextmanager
     def replaced_by(self, aliases: Sequence[Tensor], *, buffers: bool) -> Iterator[None]:
-        """The module computes with `aliases`; with `buffers`, also with the first run's buffers."""
+        """A context in which the module uses `aliases` and, with `buffers`, the first run's buffers."""
         before: list[tuple[dict[str, Any], str, Any, Any]] = []
-        kept = [(buffer, buffer.clone()) for buffer in self.stateful] if buffers else []
+        saved = [(buffer, buffer.clone()) for buffer in self.stateful] if buffers else []
         try:
-            for part, name, number in self.places:
-                before.append((part._parameters, name, part._parameters[name], aliases[number]))
-                part._parameters[name] = aliases[number]  # type: ignore[assignment]
+            for submodule, name, index in self.owners:
+                before.append((submodule._parameters, name, submodule._parameters[name], aliases[index]))
+                submodule._parameters[name] = aliases[index]  # type: ignore[assignment]
             if buffers:
-                for part, name, buffer, _ in self.buffers:
-                    before.append((part._buffers, name, part._buffers[name], None))
-                    part._buffers[name] = buffer
+                for submodule, name, buffer, _ in self.buffers:
+                    before.append((submodule._buffers, name, submodule._buffers[name], None))
+                    submodule._buffers[name] = buffer
             yield
         finally:
             for table, name, old, alias in before:
-                # A parameter that the module replaced on its own is the module's new state.
+                # A parameter that the module itself replaced during the run is its new state.
                 if alias is None or table.get(name) is alias:
                     table[name] = old
             with torch.no_grad():
-                for buffer, value in kept:
+                for buffer, value in saved:
                     buffer.copy_(value)
 
 
 def version(tensor: Tensor) -> int:
-    """Counts in-place changes; 0 for inference tensors, which do not count."""
+    """The number of changes in place so far; 0 for inference tensors, which do not count them."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -175,98 +178,3 @@ def _alias(parameter: Tensor) -> Tensor:
     if isinstance(parameter, nn.Parameter):
         return nn.Parameter(alias)
     return alias.requires_grad_()
-
-
-def graph_leaves(outputs: Iterable[Tensor]) -> list[Tensor]:
-    """The leaf tensors that the autograd graph of `outputs` reaches, outputs that are leaves included."""
-    leaves: dict[int, Tensor] = {}
-    seen = set()
-    stack = []
-    for output in outputs:
-        if output.grad_fn is not None:
-            stack.append(output.grad_fn)
-        elif output.requires_grad:
-            leaves[id(output)] = output
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "torch::autograd::AccumulateGrad":
-            leaves[id(node.variable)] = node.variable  # type: ignore[attr-defined]
-            continue
-        stack.extend(following for following, _ in node.next_functions if following is not None)
-    return list(leaves.values())
-
-
-@contextlib.contextmanager
-def graph_without_memory() -> Iterator[None]:
-    """Autograd records, and saves nothing: for a run whose graph is looked at and thrown away.
-
-    So a first run takes the same kernels as the second one, which differentiates, at the memory of a run
-    without gradients (several torch functions choose their kernel by whether a gradient is needed).
-    """
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_forget, _forgotten):
-        yield
-
-
-def _forget(tensor: Tensor) -> None:
-    return None
-
-
-def _forgotten(nothing: None) -> Tensor:
-    raise RuntimeError(
-        "a module inside a ReversibleSequence computed a gradient in its own forward pass, which is not "
-        "supported"
-    )
-
-
-class Kept:
-    """Values that a module's first run asked to keep with `remember`, in order."""
-
-    __slots__ = ("position", "values")
-
-    def __init__(self) -> None:
-        self.values: list[Any] = []
-        self.position = 0
-
-
-_active = threading.local()
-
-
-@contextlib.contextmanager
-def keeping(kept: Kept | None, *, again: bool) -> Iterator[None]:
-    """Within, `remember` records into `kept` or, where `again`, replays from it. None: it just computes."""
-    before = getattr(_active, "current", None)
-    if kept is not None:
-        kept.position = 0
-    _active.current = None if kept is None else (kept, again)
-    try:
-        yield
-    finally:
-        _active.current = before
-
-
-def is_keeping() -> bool:
-    """Whether `remember` keeps anything in this call."""
-    return getattr(_active, "current", None) is not None
-
-
-def remember(make: Callable[[], T]) -> T:
-    """`make()`, or in a recomputation the value that it gave in the first run.
-
-    For discrete choices (hash layouts) that a rounding error in a rebuilt activation could flip. Only a
-    `ReversibleSequence` made with `keep_layouts=True` keeps them; elsewhere this is `make()`. What is kept
-    must carry no gradient.
-    """
-    current = getattr(_active, "current", None)
-    if current is None:
-        return make()
-    kept, again = current
-    if again:
-        value = kept.values[kept.position]
-        kept.position += 1
-        return value
-    value = make()
-    kept.values.append(value)
-    return value

@@ -6,107 +6,116 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from reformer_kernels.ops.residual import op as op  # registers the operators
 from reformer_kernels.ops.residual import reference
-from reformer_kernels.reversible import fused_norm as _fused_norm
-from reformer_kernels.reversible.fused_norm import Normed
-
-Norm = nn.LayerNorm | nn.RMSNorm
+from reformer_kernels.reversible.fused_norm import Norm, Normed, norm_arguments
 
 
 class Streams(Protocol):
-    """Two streams, numbered 0 and 1, updated in place."""
+    """Two residual streams, 0 and 1, that are updated in place."""
 
-    tensors: tuple[Tensor, Tensor]  # their whole state
+    tensors: tuple[Tensor, Tensor]  # the whole state of the streams
 
-    def value(self, which: int) -> Tensor:
-        """The stream as a module's input: no gradient, valid until the stream's next update."""
+    def value(self, index: int) -> Tensor:
+        """The stream as a module's input: without gradient, and valid until the next update of the stream."""
         ...
 
-    def update(self, which: int, delta: Tensor, sign: int, norm: Norm | None = None) -> None:
-        """stream += sign * delta, in place; with `norm`, `normed` will be asked for this stream next."""
+    def update(self, index: int, delta: Tensor, sign: int, norm: Norm | None = None) -> None:
+        """stream += sign * delta, in place. `norm` says what `normed` will be asked for next, if at all."""
         ...
 
-    def normed(self, which: int, norm: Norm) -> Normed | None:
-        """The stream normalised, where a kernel of ours computes that; None: the module must."""
+    def normed(self, index: int, norm: Norm) -> Normed | None:
+        """The normalised stream, if one of our kernels computes it; None means that the module must."""
         ...
 
-    def memory(self) -> tuple[Tensor, ...]:
-        """The tensors that updates change and `value` gives out."""
+    def shared_memory(self) -> tuple[Tensor, ...]:
+        """The tensors that both updates change and `value` returns."""
         ...
 
 
-class StreamKind(Protocol):
-    """How one call of a sequence keeps its streams."""
+class StreamFormat(Protocol):
+    """How one call of a sequence holds its streams."""
 
-    dtype: torch.dtype  # of module inputs and of results
+    dtype: torch.dtype  # the dtype of module inputs and of results
 
     def start(self, first: Tensor, second: Tensor) -> Streams:
         """Streams with these values, in memory of their own."""
         ...
 
     def finish(self, streams: Streams, joined: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Results for the caller (one tensor if joined along the last dimension, else two), and what `resume`
-        needs. The two may share memory; nothing else may."""
+        """The results for the caller, and what `resume` needs.
+
+        The results are one tensor if `joined` along the last dimension, else two. They may share memory with
+        what `resume` needs, but with nothing else.
+        """
         ...
 
     def resume(self, saved: Sequence[Tensor]) -> Streams:
-        """The finished streams again, in memory of their own."""
+        """The finished streams once more, in memory of their own."""
         ...
 
 
-class _Steps:
-    """The streams' tensors, and their steps by the kind's back end: "reference", "native", ..."""
+class _StreamPair:
+    """The tensors of two streams, and their steps on the format's back end."""
 
-    __slots__ = ("_normed", "kind", "tensors")
+    __slots__ = ("_normed", "stream_format", "tensors")
 
-    def __init__(self, kind: FloatKind | FixedKind, first: Tensor, second: Tensor) -> None:
-        self.kind = kind
+    def __init__(self, stream_format: FloatFormat | FixedPointFormat, first: Tensor, second: Tensor) -> None:
+        self.stream_format = stream_format
         self.tensors = (first, second)
         self._normed: list[Normed | None] = [None, None]
 
-    def _step(self, which: int, delta: Tensor | None, sign: int, norm: Norm | None) -> Tensor:
-        """One pass of the operator over a stream; gives its value (of fixed-point streams)."""
-        kind = self.kind
-        operator = getattr(torch.ops.reformer_kernels, f"{kind.backend}_residual_step")
-        fixed = (kind.scale, kind.flag) if isinstance(kind, FixedKind) else (None, None)
-        settings = ("none", None, None, 0.0) if norm is None else _fused_norm.settings(norm, kind.dtype)
+    def _step(self, index: int, delta: Tensor | None, sign: int, norm: Norm | None) -> Tensor:
+        """One pass of the operator over a stream; returns the value of a fixed-point stream."""
+        stream_format = self.stream_format
+        operator = getattr(torch.ops.reformer_kernels, f"{stream_format.backend}_residual_step")
+        fixed = (
+            (stream_format.scale, stream_format.flag)
+            if isinstance(stream_format, FixedPointFormat)
+            else (None, None)
+        )
+        normalization = (
+            ("none", None, None, 0.0) if norm is None else norm_arguments(norm, stream_format.dtype)
+        )
         value: Tensor
-        value, *normed = operator(self.tensors[which], delta, sign, *fixed, kind.dtype, *settings)
-        self._normed[which] = None if norm is None else Normed(settings[0], *normed)
+        value, *normed = operator(
+            self.tensors[index], delta, sign, *fixed, stream_format.dtype, *normalization
+        )
+        self._normed[index] = None if norm is None else Normed(normalization[0], *normed)
         return value
 
-    def normed(self, which: int, norm: Norm) -> Normed | None:
-        if self.kind.backend == "reference":
+    def normed(self, index: int, norm: Norm) -> Normed | None:
+        if self.stream_format.backend == "reference":
             return None
-        if self._normed[which] is None:
-            self._step(which, None, 1, norm)
-        normed, self._normed[which] = self._normed[which], None
+        if self._normed[index] is None:
+            self._step(index, None, 1, norm)
+        normed, self._normed[index] = self._normed[index], None
         return normed
 
 
-class FloatStreams(_Steps):
-    """Streams in their own dtype: an update is one addition, rounded (the paper's arithmetic)."""
+class FloatStreams(_StreamPair):
+    """Streams in floating point: an update is one rounded addition (the paper's arithmetic)."""
 
     __slots__ = ()
 
-    def value(self, which: int) -> Tensor:
-        return self.tensors[which]
+    def value(self, index: int) -> Tensor:
+        return self.tensors[index]
 
-    def update(self, which: int, delta: Tensor, sign: int, norm: Norm | None = None) -> None:
-        self._normed[which] = None
-        if norm is None or self.kind.backend == "reference":
-            self.tensors[which].add_(delta, alpha=sign)
+    def update(self, index: int, delta: Tensor, sign: int, norm: Norm | None = None) -> None:
+        self._normed[index] = None
+        if norm is None or self.stream_format.backend == "reference":
+            self.tensors[index].add_(delta, alpha=sign)
         else:
-            self._step(which, delta, sign, norm)
+            self._step(index, delta, sign, norm)
 
-    def memory(self) -> tuple[Tensor, ...]:
+    def shared_memory(self) -> tuple[Tensor, ...]:
         return self.tensors
 
 
-class FloatKind:
-    """`backend`: of steps that normalise; others are torch's additions."""
+class FloatFormat:
+    """Streams in floating point. Steps that normalise run on `backend`; others are torch's additions."""
 
     def __init__(self, dtype: torch.dtype, backend: str = "reference") -> None:
         self.dtype = dtype
@@ -125,70 +134,78 @@ class FloatKind:
         return self.start(first, second)
 
 
-class FixedStreams(_Steps):
-    """Streams as int32 multiples of 1 / scale: subtracting undoes adding to the last bit."""
+class FixedPointStreams(_StreamPair):
+    """Streams as int32 multiples of 1 / scale, where subtracting undoes adding to the last bit."""
 
     __slots__ = ("values",)
-    kind: FixedKind
+    stream_format: FixedPointFormat
 
-    def __init__(self, kind: FixedKind, first: Tensor, second: Tensor) -> None:
-        super().__init__(kind, first, second)
+    def __init__(self, stream_format: FixedPointFormat, first: Tensor, second: Tensor) -> None:
+        super().__init__(stream_format, first, second)
         self.values: list[Tensor | None] = [None, None]
 
-    def value(self, which: int) -> Tensor:
-        value = self.values[which]
+    def value(self, index: int) -> Tensor:
+        value = self.values[index]
         if value is None:
-            if self.kind.backend == "reference":
-                value = reference.fixed_point_decode(self.tensors[which], self.kind.scale, self.kind.dtype)
+            if self.stream_format.backend == "reference":
+                value = reference.fixed_point_decode(
+                    self.tensors[index], self.stream_format.scale, self.stream_format.dtype
+                )
             else:
-                value = self._step(which, None, 1, None)
-            self.values[which] = value
+                value = self._step(index, None, 1, None)
+            self.values[index] = value
         return value
 
-    def update(self, which: int, delta: Tensor, sign: int, norm: Norm | None = None) -> None:
-        # The other stream's value was the input that gave `delta`; it is not read again before it changes.
+    def update(self, index: int, delta: Tensor, sign: int, norm: Norm | None = None) -> None:
+        # The other stream's value was the input that gave `delta`; it changes before it is read again.
         self.values = [None, None]
-        if self.kind.backend == "reference":
-            reference.fixed_point_add_(self.tensors[which], delta, self.kind.scale, sign, self.kind.flag)
+        if self.stream_format.backend == "reference":
+            reference.fixed_point_add_(
+                self.tensors[index], delta, self.stream_format.scale, sign, self.stream_format.flag
+            )
         else:
-            self.values[which] = self._step(which, delta, sign, norm)
+            self.values[index] = self._step(index, delta, sign, norm)
 
-    def memory(self) -> tuple[Tensor, ...]:
+    def shared_memory(self) -> tuple[Tensor, ...]:
         return ()
 
 
-class FixedKind:
-    """`flag` (int32, one element, on the streams' device) becomes 1 when a value leaves int32's range.
+class FixedPointFormat:
+    """Streams in fixed point.
 
-    `backend`: "native" or "reference", which agree to the last bit.
+    Args:
+        dtype: the dtype of module inputs and of results.
+        scale: a power of two, the steps per unit; None chooses it from the input.
+        flag: int32, one element, on the streams' device; becomes 1 when a value leaves int32's range.
+        backend: the back end of the steps; all give the same bits.
     """
 
     scale: Tensor
 
     def __init__(self, dtype: torch.dtype, scale: float | None, flag: Tensor, backend: str) -> None:
         self.dtype = dtype
-        self.given_scale = scale
+        self.requested_scale = scale
         self.flag = flag
         self.backend = backend
 
-    def start(self, first: Tensor, second: Tensor) -> FixedStreams:
-        if self.given_scale is None:
+    def start(self, first: Tensor, second: Tensor) -> FixedPointStreams:
+        if self.requested_scale is None:
             self.scale = reference.automatic_scale(first, second)
         else:
-            self.scale = torch.full((), self.given_scale, dtype=torch.float32, device=first.device)
-        return FixedStreams(
+            self.scale = torch.full((), self.requested_scale, dtype=torch.float32, device=first.device)
+        return FixedPointStreams(
             self,
             reference.fixed_point_encode(first.contiguous(), self.scale, self.flag),
             reference.fixed_point_encode(second.contiguous(), self.scale, self.flag),
         )
 
     def finish(self, streams: Streams, joined: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        assert isinstance(streams, FixedStreams)
+        assert isinstance(streams, FixedPointStreams)
         results = (streams.value(0), streams.value(1))
         return (torch.cat(results, dim=-1),) if joined else results, streams.tensors
 
-    def resume(self, saved: Sequence[Tensor]) -> FixedStreams:
-        return FixedStreams(self, saved[0].clone(), saved[1].clone())
+    def resume(self, saved: Sequence[Tensor]) -> FixedPointStreams:
+        return FixedPointStreams(self, saved[0].clone(), saved[1].clone())
 
 
 def _copied(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,1 @@
+"""Training of a small byte-level language model: what `reformer-kernels train` runs."""

@@ -17,12 +17,12 @@ FILE_ORDER_SEED = 0
 
 
 class TextError(Exception):
-    """A text that cannot be trained on; the message says why."""
+    """A text that cannot be used for training; the message says why."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Bytes to train on and bytes held out, uint8, with where they came from."""
+    """Bytes for training and bytes held out for evaluation, uint8, and where they come from."""
 
     name: str
     train: Tensor
@@ -41,7 +41,7 @@ def load_text(path: Path | None, seq_len: int) -> Text:
     fixed random order, so that what is held out is like the rest.
 
     Raises:
-        TextError: nothing there, unreadable, or too short for one window each to train on and to hold out.
+        TextError: the text is missing, unreadable, or too short for a window to train on and one to hold out.
     """
     if path is None:
         folder = Path(sysconfig.get_paths()["stdlib"])
@@ -53,8 +53,8 @@ def load_text(path: Path | None, seq_len: int) -> Text:
         name = f"Python's standard library, {folder}"
         data = _join(files)
     elif path.is_dir():
-        hidden = [file for file in sorted(path.rglob("*")) if file.is_file()]
-        files = [f for f in hidden if not any(part.startswith(".") for part in f.relative_to(path).parts)]
+        every = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        files = [f for f in every if not any(part.startswith(".") for part in f.relative_to(path).parts)]
         name = str(path)
         data = _join(files)
     elif path.is_file():
@@ -84,7 +84,7 @@ def _read(file: Path) -> bytes:
 
 
 def _join(files: list[Path]) -> bytes:
-    """The text files among `files`: those without a zero byte."""
+    """The contents of the text files among `files`, those without a zero byte."""
     files = list(files)
     random.Random(FILE_ORDER_SEED).shuffle(files)
     contents = (_read(file) for file in files)

@@ -14,10 +14,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from python_tests.helpers import padding_mask, random_layout
+from python_tests.helpers import padding_mask, random_layout, reference_attention
 from reformer_kernels import Layout
-from reformer_kernels.config import AttentionRule
 from reformer_kernels.ops.attention import reference
+from reformer_kernels.rule import AttentionRule, widest_range
 from reformer_kernels.testing import normal
 
 EXAMPLES = int(os.environ.get("REFORMER_TEST_EXAMPLES", "1"))
@@ -46,7 +46,7 @@ def rule_of(**fields: Any) -> AttentionRule:
         ring=False,
         key_norm=1,
     )
-    return dataclasses.replace(base, **fields)
+    return base._replace(**fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,14 +184,14 @@ def solve(case: Case, call: Any, inputs: list[Tensor]) -> Solution:
 def native(case: Case, q: Tensor, v: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor]:
     layout, seed = case.layout(), torch.tensor(case.seed) if case.dropout_p > 0 else None
     return torch.ops.reformer_kernels.native_attention(
-        q, k, v, layout.order, layout.bucket_starts, case.key_bias(), seed, case.rule.pack(), case.scale,
+        q, k, v, layout.order, layout.bucket_starts, case.key_bias(), seed, case.rule, case.scale,
         case.dropout_p, *case.key_places(),
     )  # fmt: skip
 
 
 def exact(case: Case, q: Tensor, v: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor]:
     layout, seed = case.layout(), torch.tensor(case.seed) if case.dropout_p > 0 else None
-    return reference.attention(
+    return reference_attention(
         q, k, v, layout.order, layout.bucket_starts, case.key_bias(), seed, case.rule, case.scale,
         case.dropout_p, *case.key_places(),
     )  # fmt: skip
@@ -204,12 +204,12 @@ def pair_counts(layout: Layout, rule: AttentionRule, key_bias: Tensor | None = N
     """
     B, H, _, L = layout.order.shape
     # An empty row's log-sum-exp, -1e5 or -inf, is a weight of 0.
-    plain = dataclasses.replace(rule, correct_duplicates=False)
+    plain = rule._replace(correct_duplicates=False)
     zeros = torch.zeros(B, H, L, 1, dtype=torch.float64)
     eye = torch.eye(L, dtype=torch.float64).expand(B, H, L, L)
     bias = None if key_bias is None else key_bias.double().masked_fill(key_bias.isfinite(), 0)
     keys = None if rule.exclude_self else zeros
-    out, lse = reference.attention(
+    out, lse = reference_attention(
         zeros, keys, eye, layout.order, layout.bucket_starts, None, None, plain, 1, 0
     )
     counts = (out * lse.exp()[..., None]).round()
@@ -311,9 +311,7 @@ WORK = 3e6
 
 def cross_rule(rule: AttentionRule, bucket_mask: bool) -> AttentionRule:
     """The nearest rule for keys that are sorted apart from the queries."""
-    return dataclasses.replace(
-        rule, rank_window=True, bucket_mask=bucket_mask, exclude_self=False, ring=False
-    )
+    return rule._replace(rank_window=True, bucket_mask=bucket_mask, exclude_self=False, ring=False)
 
 
 @st.composite
@@ -358,7 +356,7 @@ def shrunk(case: Case) -> Case:
     """The case with fewer heads, rounds and columns, until the reference can do it in a blink."""
 
     def work(c: Case) -> float:
-        width = reference.widest_range(c.rule, c.key_length or c.L)
+        width = widest_range(c.rule, c.key_length or c.L)
         return c.B * c.H * c.R * c.L * (width * (c.D + c.Dv + (40 if c.dropout_p else 8)))
 
     for field, low in (("B", 1), ("H", 1), ("D", 9), ("Dv", 9), ("R", 2), ("L", 70)):

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from python_tests import oracle
-from python_tests.helpers import assert_close, padding_mask, random_layout
+from python_tests.helpers import assert_close, padding_mask, random_layout, reference_attention
 from reformer_kernels import Layout, LSHConfig
 from reformer_kernels import functional as F
-from reformer_kernels.config import AttentionRule, resolve_rule
-from reformer_kernels.ops.attention import reference
+from reformer_kernels.rule import AttentionRule, self_attention_rule
 from reformer_kernels.testing import normal
 
 CONFIG = LSHConfig(n_hashes=2, bucket_window=5, bucket_factors=(4,))
@@ -75,7 +74,7 @@ def test_equals_scalar_loops(
     mask = padding_mask([L_k // 2, L_k][:B], L_k) if padding == "tail" else None
     added = normal(B, L_k, seed=5) if padding == "bias" else None
     bias = added if mask is None else torch.zeros(mask.shape).masked_fill(mask, -math.inf)
-    actual = reference.attention(
+    actual = reference_attention(
         q, k, v, *places, bias, torch.tensor(seed), rule, 0.7, dropout_p, *key_places
     )
     expected = oracle.attention(q, k, v, *places, mask, seed, rule, 0.7, dropout_p, *key_places, added)
@@ -165,8 +164,8 @@ def test_float_masks_of_shared_query_keys() -> None:
     bias = normal(2, 64, seed=4)
     layout = F.lsh_layout(x, config, seed=0)
     plain, biased = (
-        reference.attention(x, None, v, layout.order, layout.bucket_starts, b, None, rule, 1.0, 0.0)[0]
-        for rule in [resolve_rule(config, 64)]
+        reference_attention(x, None, v, layout.order, layout.bucket_starts, b, None, rule, 1.0, 0.0)[0]
+        for rule in [self_attention_rule(config, 64)]
         for b in (None, bias)
     )
     assert_close(F.lsh_attention(x, v, config, layout=layout, key_padding_mask=bias), biased)
@@ -187,6 +186,14 @@ def test_no_batch_and_strides_and_autocast() -> None:
         assert F.lsh_cross_attention(q, k, v, CONFIG, seed=0).dtype == torch.bfloat16
 
 
+def test_the_scale_of_a_configuration_is_honoured() -> None:
+    """None is the scale of ordinary attention; a number is taken as it is."""
+    q, k, v = cross_qkv(1, 2, 9, 12, 4, 4)
+    for scale in (None, 0.25, 2.0):
+        out = F.lsh_cross_attention(q, k, v, LSHConfig(scale=scale))
+        assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale))
+
+
 B, H, L, L_K, D = 2, 2, 20, 30, 8
 _LAYOUT = F.lsh_cross_layout(*cross_qkv(B, H, L, L_K, D, D)[:2], CONFIG, seed=0)
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -194,7 +201,6 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "lengths": ({"v": torch.zeros(B, H, L, D)}, ValueError, "k and v must have one length"),
     "heads": ({"k": torch.zeros(B, 1, L_K, D)}, ValueError, "the same batch and heads"),
     "dtype": ({"k": torch.zeros(B, H, L_K, D).double()}, TypeError, "must have one dtype"),
-    "scale": ({"scale": -1.0}, ValueError, "scale must be"),
     "mask length": ({"key_padding_mask": torch.zeros(B, L).bool()}, ValueError, "key_padding_mask must be"),
     "mask kind": ({"key_padding_mask": torch.zeros(B, L_K).int()}, TypeError, "or a float bias"),
     "mask gradient": (

@@ -132,7 +132,7 @@ def test_each_rule_on_each_instruction_set(name: str, rule: str) -> None:
 @pytest.mark.parametrize("rule", ["paper", "trax causal, both sides", "bucket causal", "local"])
 def test_long_enough_for_several_segments(rule: str) -> None:
     """More than 16 tiles of 64 queries: the backward pass then runs even and odd segments in turn."""
-    chunk = dataclasses.replace(RULES[rule], chunk_length=32)
+    chunk = RULES[rule]._replace(chunk_length=32)
     check(Case(chunk, R=2, L=2500, D=4, Dv=3, n_buckets=30, separate=rule == "local"))
     check(Case(chunk, R=2, L=2200, D=2, Dv=1, n_buckets=3, padding="tail"))
 
@@ -426,9 +426,9 @@ def test_an_honest_log_sum_exp_of_minus_1e5_is_not_taken_for_an_empty_row() -> N
 def test_lengths_at_the_edge(rule: str) -> None:
     for L in (1, 2, 3, 15, 16, 17, 63, 64, 65):
         check(Case(RULES[rule], R=2, L=L, D=3, Dv=2, separate=rule == "local"))
-        check(Case(dataclasses.replace(RULES[rule], chunk_length=L + 1), R=2, L=L, D=3, Dv=2))
-    check(Case(dataclasses.replace(RULES[rule], chunk_length=1), L=9, R=3))
-    check(Case(dataclasses.replace(RULES[rule], chunk_length=2**24, ring=False), L=30))
+        check(Case(RULES[rule]._replace(chunk_length=L + 1), R=2, L=L, D=3, Dv=2))
+    check(Case(RULES[rule]._replace(chunk_length=1), L=9, R=3))
+    check(Case(RULES[rule]._replace(chunk_length=2**24, ring=False), L=30))
 
 
 @pytest.mark.parametrize("L", [1, 2, 3])
@@ -455,7 +455,7 @@ def test_neighbours_beyond_count(L: int) -> None:
 def test_empty_batch(rule: str) -> None:
     q, v = torch.zeros(0, 2, 30, 8, requires_grad=True), torch.zeros(0, 2, 30, 5, requires_grad=True)
     layout = Layout(torch.zeros(0, 2, 2, 30, dtype=torch.int32), torch.zeros(0, 2, 2, 6, dtype=torch.int32))
-    arguments = (layout.order, layout.bucket_starts, None, None, RULES[rule].pack(), 1.0, 0.0)
+    arguments = (layout.order, layout.bucket_starts, None, None, RULES[rule], 1.0, 0.0)
     out, lse = torch.ops.reformer_kernels.native_attention(q, None, v, *arguments)
     assert out.shape == (0, 2, 30, 5)
     assert lse.shape == (0, 2, 30)
@@ -471,7 +471,7 @@ def test_all_padding() -> None:
         layout, bias = case.layout(), torch.full((1, 70), -math.inf)
         out, lse = torch.ops.reformer_kernels.native_attention(
             inputs[0], inputs[2] if len(inputs) > 2 else None, inputs[1], layout.order,
-            layout.bucket_starts, bias, None, rule.pack(), 1.0, 0.0,
+            layout.bucket_starts, bias, None, rule, 1.0, 0.0,
         )  # fmt: skip
         assert not out.any()
         assert bool((lse == -math.inf).all())

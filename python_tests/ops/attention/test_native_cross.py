@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from python_tests.helpers import assert_close, padding_mask
+from python_tests.helpers import assert_close, padding_mask, reference_attention
 from python_tests.native_tools import isa, runnable_isas
 from python_tests.ops.attention.cases import (
     EXAMPLES,
@@ -27,7 +27,6 @@ from python_tests.ops.attention.cases import (
 from python_tests.ops.attention.test_native import check
 from reformer_kernels import Layout, LSHConfig
 from reformer_kernels import functional as F
-from reformer_kernels.ops.attention import reference
 from reformer_kernels.testing import normal
 
 property_test = settings(
@@ -90,7 +89,7 @@ def test_far_apart(rule: str, L: int, L_k: int, n_buckets: int) -> None:
 
 
 def test_windows_longer_than_a_block() -> None:
-    rule = dataclasses.replace(RULES["across"], window_before=5000, window_after=3000)
+    rule = RULES["across"]._replace(window_before=5000, window_after=3000)
     check(Case(rule, L=200, key_length=4300, D=1, Dv=1, separate=True))
 
 
@@ -104,12 +103,11 @@ def test_padding_in_a_row_of_keys() -> None:
         layout, seed = case.layout(), None
         solved = []
         for dtype, call in (
-            (torch.float64, reference.attention),
+            (torch.float64, reference_attention),
             (torch.float32, torch.ops.reformer_kernels.native_attention),
         ):
             q, v, k = case.inputs(dtype)
-            packed: Any = rule if dtype == torch.float64 else rule.pack()
-            arguments = (layout.order, layout.bucket_starts, bias, seed, packed, 1.0, 0.0)
+            arguments = (layout.order, layout.bucket_starts, bias, seed, rule, 1.0, 0.0)
             solved.append(call(q, k, v, *arguments, *case.key_places()))
         assert_close(solved[1][0], solved[0][0])
         assert_close(solved[1][1], solved[0][1])
@@ -183,7 +181,7 @@ def test_operator_checks() -> None:
         q, v, k = (x.requires_grad_() for x in case.inputs(torch.float32))
         layout = case.layout()
         arguments = (
-            q, k, v, layout.order, layout.bucket_starts, case.key_bias(), torch.tensor(3), case.rule.pack(),
+            q, k, v, layout.order, layout.bucket_starts, case.key_bias(), torch.tensor(3), case.rule,
             0.5, 0.25, *case.key_places(),
         )  # fmt: skip
         torch.library.opcheck(torch.ops.reformer_kernels.native_attention.default, arguments)
@@ -241,12 +239,12 @@ def test_layouts_that_do_not_fit_are_refused() -> None:
             F.lsh_cross_attention(q, k, v, CONFIG, layout=(queries, Layout(order, keys.bucket_starts)))
     with pytest.raises(ValueError, match="rank_window, no ring"):
         torch.ops.reformer_kernels.native_attention(
-            q, k, v, queries.order, queries.bucket_starts, None, None, rule_of().pack(), 1.0, 0.0,
+            q, k, v, queries.order, queries.bucket_starts, None, None, rule_of(), 1.0, 0.0,
             keys.order, keys.bucket_starts,
         )  # fmt: skip
     with pytest.raises(ValueError, match="come together"):
         torch.ops.reformer_kernels.native_attention(
-            q, k, v, queries.order, queries.bucket_starts, None, None, RULES["causal"].pack(), 1.0, 0.0,
+            q, k, v, queries.order, queries.bucket_starts, None, None, RULES["causal"], 1.0, 0.0,
             keys.order,
         )  # fmt: skip
 
@@ -254,19 +252,19 @@ def test_layouts_that_do_not_fit_are_refused() -> None:
 def test_memory_is_bounded() -> None:
     """No sorted copies, no [rounds, L, D]: the workspaces, in tables of 4 bytes and a few rows a thread."""
     q, k, v = (normal(1, 4, 8192, 64, dtype=torch.float32, seed=n).requires_grad_() for n in range(3))
-    from reformer_kernels.ops.attention import op
+    from reformer_kernels.ops.attention import native
 
     sizes: list[int] = []
-    workspace = op._workspace
+    workspace = native._workspace
 
     def record(size: int) -> torch.Tensor:
         sizes.append(size)
         return workspace(size)
 
-    op._workspace = record
+    native._workspace = record
     try:
         F.lsh_cross_attention(q, k, v, LSHConfig(), seed=0).sum().backward()
     finally:
-        op._workspace = workspace
+        native._workspace = workspace
     rows = 3 * q.numel() * 4
     assert len(sizes) == 2 and max(sizes) < 0.5 * rows, (sizes, rows)

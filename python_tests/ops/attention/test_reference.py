@@ -21,11 +21,12 @@ from python_tests.helpers import (
     padding_mask,
     qkv,
     random_layout,
+    reference_attention,
 )
 from reformer_kernels import Layout, LSHConfig
 from reformer_kernels import functional as F
-from reformer_kernels.config import AttentionRule, resolve_rule
 from reformer_kernels.ops.attention import reference
+from reformer_kernels.rule import AttentionRule, normalise_keys, self_attention_rule
 from reformer_kernels.testing import normal, relative_error
 
 
@@ -86,7 +87,7 @@ def test_equals_scalar_loops(
     layout = random_layout(B, H, R, L, n_buckets, seed=seed % 1000)
     padding = padding_mask([L // 2, L][:B], L) if padded else None
     args = (layout.order, layout.bucket_starts)
-    out, lse = reference.attention(
+    out, lse = reference_attention(
         q, keys, v, *args, bias_of(padding), torch.tensor(seed), rule, 0.7, dropout_p
     )
     expected = oracle.attention(q, keys, v, *args, padding, seed, rule, 0.7, dropout_p)
@@ -179,11 +180,11 @@ def test_hand_computed() -> None:
 def test_key_norms() -> None:
     q = normal(2, 5, 8)
     rms = q / (q.square().mean(-1, keepdim=True) + 1e-6).sqrt() / math.sqrt(8)
-    assert_close(reference.normalise_keys(q, 1), rms, 1e-14)
-    assert_close(reference.normalise_keys(q, 2), q / q.norm(dim=-1, keepdim=True), 1e-14)
-    assert reference.normalise_keys(q, 0) is q
+    assert_close(normalise_keys(q, 1), rms, 1e-14)
+    assert_close(normalise_keys(q, 2), q / q.norm(dim=-1, keepdim=True), 1e-14)
+    assert normalise_keys(q, 0) is q
     for norm in (1, 2):
-        assert reference.normalise_keys(torch.zeros(3, 4), norm).abs().max() == 0
+        assert normalise_keys(torch.zeros(3, 4), norm).abs().max() == 0
 
 
 def full_attention(
@@ -191,7 +192,7 @@ def full_attention(
 ) -> tuple[Tensor, Tensor]:
     """Shared-QK softmax attention over every pair i != j (j < i if causal); a row with none gives v."""
     L = qk.shape[2]
-    logits = qk @ reference.normalise_keys(qk, 1).mT
+    logits = qk @ normalise_keys(qk, 1).mT
     off = torch.eye(L, dtype=torch.bool)
     if causal:
         off = off | torch.ones(L, L, dtype=torch.bool).triu()
@@ -213,7 +214,7 @@ def test_paper_joins_every_pair_and_equals_full_attention(causal: bool) -> None:
     config = dataclasses.replace(config, causal=causal)
     qk, _, v = (x.requires_grad_() for x in qkv(1, 2, 24, 4, 3))
     layout = F.lsh_layout(qk, config, seed=1)
-    seen = seen_pairs(layout, resolve_rule(dataclasses.replace(config, causal=False), 24))
+    seen = seen_pairs(layout, self_attention_rule(dataclasses.replace(config, causal=False), 24))
     assert bool((seen | torch.eye(24, dtype=torch.bool)).all()), "not every pair is joined: raise n_hashes"
     actual = F.attend(qk, v, layout, config, return_lse=True)
     expected = full_attention(qk, v, causal)
@@ -228,7 +229,7 @@ def seen_pairs(layout: Layout, rule: AttentionRule) -> Tensor:
     B, H, _, L = layout.order.shape
     zeros = torch.zeros(B, H, L, 1, dtype=torch.float64)
     eye = torch.eye(L, dtype=torch.float64).expand(B, H, L, L)
-    out, _ = reference.attention(zeros, None, eye, layout.order, layout.bucket_starts, None, None, rule, 1, 0)
+    out, _ = reference_attention(zeros, None, eye, layout.order, layout.bucket_starts, None, None, rule, 1, 0)
     return out > 0
 
 
@@ -245,9 +246,9 @@ def test_duplicate_correction_is_softmax_over_the_union(causal: bool) -> None:
     )
     qk, _, v = qkv(1, 1, 22, 4)
     layout = F.lsh_layout(qk, config, seed=0)
-    pairs = seen_pairs(layout, resolve_rule(config, 22))
+    pairs = seen_pairs(layout, self_attention_rule(config, 22))
     assert 0.2 < pairs.double().mean() < 0.9
-    logits = (qk @ reference.normalise_keys(qk, 1).mT).masked_fill(~pairs, -math.inf)
+    logits = (qk @ normalise_keys(qk, 1).mT).masked_fill(~pairs, -math.inf)
     logits = logits.masked_fill(torch.eye(22, dtype=torch.bool), -math.inf)
     some = (logits > -math.inf).any(-1)
     out, lse = F.attend(qk, v, layout, config, return_lse=True)

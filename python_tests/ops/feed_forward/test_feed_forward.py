@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from reformer_kernels.benchmarks.allocations import peak_allocated
-from reformer_kernels.functional.chunked import chunked_feed_forward
+from reformer_kernels.functional import chunked_feed_forward
 from reformer_kernels.modules.feed_forward import ChunkedFeedForward
 from reformer_kernels.ops.feed_forward.activations import ACTIVATIONS
-from reformer_kernels.ops.feed_forward.op import dropout_keep
+from reformer_kernels.ops.feed_forward.chunked import dropout_factors
 from reformer_kernels.ops.feed_forward.reference import feed_forward
 
 D_IN, D_FF, D_OUT = 5, 7, 3
@@ -50,7 +50,8 @@ def test_dropout_equals_reference_with_the_same_mask(activation: str) -> None:
     tensors = arguments(activation)
     y = chunked_feed_forward(*tensors, activation=activation, dropout_p=0.4, seed=11, chunk_size=10)
     masks = [
-        dropout_keep(11, start, (size, D_FF), 0.4, tensors[0]) for start, size in ((0, 10), (10, 10), (20, 3))
+        dropout_factors(11, start, (size, D_FF), 0.4, tensors[0])
+        for start, size in ((0, 10), (10, 10), (20, 3))
     ]
     keep = torch.cat(masks)
     assert not torch.equal(masks[0], masks[1])
@@ -192,16 +193,20 @@ def test_memory_does_not_grow_with_d_ff_or_rows() -> None:
     ("change", "error", "message"),
     [
         ({"activation": "tanh"}, ValueError, "activation must be one of relu, .*got 'tanh'"),
-        ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p must be a number in \[0, 1\), got 1.0"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be a positive number of rows, got 0"),
         ({"chunk_size": 2.5}, ValueError, "chunk_size must be a positive number of rows"),
         ({"memory_budget": -1}, ValueError, "memory_budget must be"),
         ({"chunk_size": 2, "memory_budget": 100}, ValueError, "not both"),
         ({"seed": 1.5, "dropout_p": 0.1}, TypeError, "seed must be an int"),
         ({"seed": torch.zeros(2), "dropout_p": 0.1}, TypeError, "int64 tensor of one element"),
-        ({"x": None}, TypeError, "x must be a tensor, got NoneType"),
-        ({"x": torch.zeros(2, D_IN).long()}, TypeError, "x must be float32"),
-        ({"x": torch.zeros(2, D_IN)}, TypeError, "w1 must be torch.float32 .* got torch.float64"),
+        ({"x": None}, TypeError, "x must be a torch.Tensor, got NoneType"),
+        ({"x": torch.zeros(2, D_IN).long()}, TypeError, "x must be one of float32"),
+        (
+            {"x": torch.zeros(2, D_IN)},
+            TypeError,
+            "x and w1 must have one dtype, got torch.float32 and torch.float64",
+        ),
         ({"x": torch.zeros(2, 9).double()}, ValueError, r"w1 must be \(7, 9\) .* got \(7, 5\)"),
         ({"activation": "glu"}, ValueError, r"w1 must be \(14, 5\)"),
         ({"b1": torch.zeros(3).double()}, ValueError, r"b1 must be \(7,\), got \(3,\)"),
@@ -218,7 +223,7 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
 def test_bad_module() -> None:
     with pytest.raises(ValueError, match="activation must be one of"):
         ChunkedFeedForward(4, 8, activation="mish")
-    with pytest.raises(ValueError, match="dropout must be in"):
+    with pytest.raises(ValueError, match="dropout must be a number in"):
         ChunkedFeedForward(4, 8, dropout=1.5)
-    with pytest.raises(ValueError, match="d_ff must be an integer in 1"):
+    with pytest.raises(ValueError, match="d_ff must be a positive integer"):
         ChunkedFeedForward(4, 0)

@@ -266,5 +266,5 @@ def test_compiles_with_a_symbolic_length() -> None:
 
     for L in (40, 100, 333, 7000):
         x = torch.randn(1, 1, L, 8)
-        assert torch.equal(double(x), 2 * op._native_hash(x, rotations, [], 16, None))
+        assert torch.equal(double(x), 2 * op.lsh_hash(x, rotations, [], None, "native", span=16))
     assert counter.frame_count <= 2

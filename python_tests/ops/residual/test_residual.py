@@ -1,5 +1,4 @@
-"""Residual steps: the native kernel against the reference, to the last bit, and the fixed-point
-arithmetic."""
+"""Residual steps: the native kernel equals the reference to the last bit; fixed-point arithmetic."""
 
 from __future__ import annotations
 
@@ -10,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import reformer_kernels.ops.residual.op  # noqa: F401  registers the operators
 from python_tests.native_tools import isa, runnable_isas, torch_threads
-from reformer_kernels.ops.residual import op, reference
+from reformer_kernels._limits import KERNEL_DTYPES
+from reformer_kernels.ops.residual import reference
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(1,), (3, 5), (2, 7, 33), (4, 2049), (70, 600)]
 
 
@@ -24,7 +24,7 @@ def each_isa(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def hostile(shape: tuple[int, ...], dtype: torch.dtype, spread: float = 1.0) -> Tensor:
-    """Ordinary values, with ties of the rounding and zeros of both signs among them."""
+    """Random values, among them some that rounding ties, and zeros of both signs."""
     values = spread * torch.randn(shape)
     flat = values.view(-1)
     flat[::7] = torch.round(flat[::7] * 16) / 16 + 1 / 32
@@ -47,7 +47,7 @@ def flags() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.usefixtures("each_isa")
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_fixed_point_steps_equal_the_reference_bit_for_bit(
     shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
@@ -69,12 +69,12 @@ def test_fixed_point_steps_equal_the_reference_bit_for_bit(
 
 @pytest.mark.usefixtures("each_isa")
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 2.0**31, -(2.0**31), 2.0**30], ids=str)
-@pytest.mark.parametrize("place", [0, 17, 2052])
-def test_flag_tells_of_each_bad_value(bad: float, place: int) -> None:
+@pytest.mark.parametrize("index", [0, 17, 2052])
+def test_flag_reports_each_bad_value(bad: float, index: int) -> None:
     for start in (0, 2**30 + 5, -(2**30) - 5):
         outcomes = []
         delta = torch.zeros(2053)
-        delta[place] = bad
+        delta[index] = bad
         for is_native in (True, False):
             stream = torch.full((2053,), start, dtype=torch.int32)
             flag = torch.zeros(1, dtype=torch.int32)
@@ -84,7 +84,7 @@ def test_flag_tells_of_each_bad_value(bad: float, place: int) -> None:
                     native(stream, delta, sign, scale, flag, torch.float32)
                 else:
                     reference.fixed_point_add_(stream, delta, scale, sign, flag)
-            # Whatever the values: subtracting undoes adding.
+            # Subtracting undoes adding, whatever the values.
             assert torch.equal(stream, torch.full_like(stream, start))
             outcomes.append(int(flag))
         expected = not (abs(bad) < 2**31 and abs(start + bad) < 2**31)
@@ -115,7 +115,7 @@ def test_automatic_scale_of_nothing() -> None:
 
 
 @pytest.mark.usefixtures("each_isa")
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("fixed", [True, False])
 @pytest.mark.parametrize("normalization", ["layer", "rms"])
 @pytest.mark.parametrize("shape", SHAPES[1:])
@@ -138,7 +138,7 @@ def test_fused_normalisation(
     else:
         expected = start - delta
         assert torch.equal(stream, expected)
-    # Half a unit in the last place of the result, and float32's own error before it.
+    # The rounding of the result, and the error of float32 before it.
     truth = reference.normalise(expected.double(), normalization, weight.double(), bias.double(), 1e-5)
     allowed = torch.finfo(dtype).eps * truth.abs() + 3e-6 * (1 + truth.abs())
     assert ((normed.double() - truth).abs() <= allowed).all()
@@ -197,7 +197,6 @@ def test_bad_arguments() -> None:
 
 
 def test_operator_passes_opcheck() -> None:
-    assert op.NORMALIZATIONS[1] == "layer"
     scale, flag = torch.tensor(2.0), torch.zeros(1, dtype=torch.int32)
     torch.library.opcheck(
         torch.ops.reformer_kernels.native_residual_step,

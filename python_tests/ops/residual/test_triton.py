@@ -1,4 +1,4 @@
-"""The Triton residual step: numbers in Triton's interpreter, and machine code with no GPU present."""
+"""The Triton residual step: results in Triton's interpreter, and machine code with no GPU present."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CASES = Path(__file__).with_name("triton_cases.py")
 
 
 def test_interpreted() -> None:
-    # A process of its own: the interpreter is chosen when triton is imported.
+    # In a process of its own, as the interpreter is chosen when triton is imported.
     root = str(CASES.parents[3])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

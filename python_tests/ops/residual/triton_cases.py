@@ -1,4 +1,4 @@
-"""Run as a program with TRITON_INTERPRET=1: the Triton residual step against the reference, on the CPU."""
+"""The Triton residual step against the reference, on the CPU: a program to run with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import itertools
 
 import torch
 
+import reformer_kernels.ops.residual.op  # noqa: F401  registers the operators
+from reformer_kernels._limits import KERNEL_DTYPES
 from reformer_kernels.ops.residual import reference
-from reformer_kernels.ops.residual.triton import residual_step
+
+residual_step = torch.ops.reformer_kernels.triton_residual_step
 
 
 def hostile(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -17,9 +20,7 @@ def hostile(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def fixed_point() -> None:
-    for shape, dtype, sign, bits in itertools.product(
-        ((3, 5), (1, 1300)), (torch.float32, torch.float16, torch.bfloat16), (1, -1), (24,)
-    ):
+    for shape, dtype, sign, bits in itertools.product(((3, 5), (1, 1300)), KERNEL_DTYPES, (1, -1), (24,)):
         scale = torch.tensor(2.0**bits)
         flags = torch.zeros(2, 1, dtype=torch.int32)
         ours = reference.fixed_point_encode(hostile(shape, dtype), scale, flags[1])
@@ -28,7 +29,7 @@ def fixed_point() -> None:
         reference.fixed_point_add_(theirs, delta, scale, sign, flags[1])
         assert torch.equal(ours, theirs), (shape, dtype, sign, bits)
         expected = reference.fixed_point_decode(theirs, scale, dtype)
-        if dtype == torch.bfloat16:  # the interpreter truncates
+        if dtype == torch.bfloat16:  # which the interpreter truncates
             assert ((value - expected).abs() <= 2**-7 * expected.abs()).all()
         else:
             assert torch.equal(value, expected)
@@ -41,23 +42,25 @@ def flag() -> None:
     ):
         delta = torch.zeros(2053)
         delta[2050] = bad
-        stream, told = torch.full((2053,), start, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        stream, overflow = torch.full((2053,), start, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
         for sign in (1, -1):
             residual_step(
-                stream, delta, sign, torch.tensor(1.0), told, torch.float32, "none", None, None, 0.0
+                stream, delta, sign, torch.tensor(1.0), overflow, torch.float32, "none", None, None, 0.0
             )
         assert torch.equal(stream, torch.full_like(stream, start))
-        assert bool(told) == (not (abs(bad) < 2**31 and abs(start + bad) < 2**31)), (bad, start)
+        assert bool(overflow) == (not (abs(bad) < 2**31 and abs(start + bad) < 2**31)), (bad, start)
 
 
 def normalised() -> None:
     for normalization, fixed, columns in itertools.product(("layer", "rms"), (True, False), (1, 33)):
         start, delta = torch.randn(2, 4, columns), torch.randn(2, 4, columns)
         weight, bias = torch.randn(2, columns)
-        scale, told = (torch.tensor(2.0**20), torch.zeros(1, dtype=torch.int32)) if fixed else (None, None)
-        stream = reference.fixed_point_encode(start, scale, told) if fixed else start.clone()
+        scale, overflow = (
+            (torch.tensor(2.0**20), torch.zeros(1, dtype=torch.int32)) if fixed else (None, None)
+        )
+        stream = reference.fixed_point_encode(start, scale, overflow) if fixed else start.clone()
         value, normed, mean, rstd = residual_step(
-            stream, delta, -1, scale, told, torch.float32, normalization, weight, bias, 1e-5
+            stream, delta, -1, scale, overflow, torch.float32, normalization, weight, bias, 1e-5
         )
         x = value if fixed else stream
         torch.testing.assert_close(x, start - delta, rtol=0, atol=2**-19 if fixed else 0)

@@ -35,7 +35,7 @@ from python_tests.ops.sort.cuda_stand_in import (
 from reformer_kernels import _native
 from reformer_kernels._backend import resolve_backend, resolve_sort_backend
 from reformer_kernels.gpu import machine_code
-from reformer_kernels.ops.sort import op as sort_op
+from reformer_kernels.ops.sort import native as native_sort
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the stand-in's fibers need Linux"),
@@ -253,8 +253,8 @@ def test_operator_prepares_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77 + device.index)
     )
     with FakeTensorMode():
-        ids = torch.empty((2, 40, 3), dtype=torch.int32, device="cuda:1").transpose(1, 2)
-        order, starts = sort_op._native_sort(ids, 9, 12)
+        ids = torch.empty((2, 3, 40), dtype=torch.int32, device="cuda:1")
+        order, starts = native_sort.bucket_sort(ids, 9, 12)
     assert order.shape == (2, 3, 40) and starts.shape == (2, 3, 12)
     assert order.device == starts.device == torch.device("cuda:1")
     assert entered == [torch.device("cuda:1")]
@@ -269,7 +269,7 @@ def test_operator_prepares_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
         FakeTensorMode(),
         pytest.raises(RuntimeError, match="cannot take CUDA tensors: it was built without"),
     ):
-        sort_op._native_sort(torch.empty((2, 40), dtype=torch.int32, device="cuda:1"), 9, 12)
+        native_sort.bucket_sort(torch.empty((2, 40), dtype=torch.int32, device="cuda:1"), 9, 12)
 
 
 @pytest.mark.skipif(_native.CUDA_MISSING is not None, reason=f"no CUDA kernels: {_native.CUDA_MISSING}")

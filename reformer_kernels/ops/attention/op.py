@@ -1,177 +1,142 @@
-"""Operators of attention over sorted orders on the CPU, `native_attention` and its gradient: see
-`registration` for schema, fake kernels and autograd formula."""
+"""The operators of attention over sorted orders: schema, fake kernels, gradient, and the choice of back end.
+
+`torch.ops.reformer_kernels.native_attention` and `triton_attention` take `Arguments` and return out
+(B, H, L, D_v) in q's dtype and the log-sum-exp (B, H, L) in float32, both differentiable.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reformer_kernels import _native
-from reformer_kernels.ops.attention.registration import (
-    RULE_FIELDS,
-    check_options,
-    check_sizes,
-    contiguous_rows,
-    define,
-    empty_out,
-    empty_rows_like,
-)
+from reformer_kernels._checks import refuse_forward_mode
+from reformer_kernels.call import AttentionCall, is_padding
+from reformer_kernels.layout import Layout
+from reformer_kernels.ops.attention import native, reference
+from reformer_kernels.ops.attention.arguments import SCHEMA, Arguments
 
-define("native")
+LARGEST_KEY_BIAS = 2.0**120
+"""Finite biases of keys are cut to this, far beyond any logit, so that none overflows in other units."""
 
 
-def _parameters(
+def attention(
     q: Tensor,
     k: Tensor | None,
     v: Tensor,
-    order: Tensor,
-    bucket_starts: Tensor,
-    key_bias: Tensor | None,
-    seed: Tensor | None,
-    rule: list[int],
-    scale: float,
-    dropout_p: float,
-    key_order: Tensor | None,
-    key_bucket_starts: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-) -> Any:
-    """The kernels' parameter struct. The caller keeps every tensor alive while it is used."""
-    native = _native.extension()
-    check_sizes(q, v, order, bucket_starts)
-    separate = key_order is not None
-    if separate != (key_bucket_starts is not None) or (separate and k is None):
-        raise ValueError("key_order, key_bucket_starts and k come together where keys are sorted apart")
-    check_options(rule, scale, dropout_p, separate)
-    batch, heads, length, dim = q.shape
-    key_length = v.size(2) if separate else length
-    rounds, starts_size = order.size(2), bucket_starts.size(-1)
-    dtypes = [q.dtype] if q.dtype in _native.DTYPES else list(_native.DTYPES)
-    int32, float32 = [torch.int32], [torch.float32]
-    return native.AttentionParams(
-        B=batch,
-        H=heads,
-        L=length,
-        Lk=key_length,
-        D=dim,
-        Dv=v.size(-1),
-        R=rounds,
-        dtype=_native.DTYPES.get(q.dtype, -1),
-        q=_native.rows(q, "q", shape=q.shape, dtypes=dtypes),
-        k=native.Rows()
-        if k is None
-        else _native.rows(k, "k", shape=(batch, heads, key_length, dim), dtypes=dtypes),
-        v=_native.rows(v, "v", shape=(batch, heads, key_length, v.size(-1)), dtypes=dtypes),
-        order=_native.pointer(order, "order", shape=(batch, heads, rounds, length), dtypes=int32),
-        starts=_native.pointer(
-            bucket_starts, "bucket_starts", shape=(batch, heads, rounds, starts_size), dtypes=int32
-        ),
-        key_order=0
-        if key_order is None
-        else _native.pointer(key_order, "key_order", shape=(batch, heads, rounds, key_length), dtypes=int32),
-        key_starts=0
-        if key_bucket_starts is None
-        else _native.pointer(
-            key_bucket_starts, "key_bucket_starts", shape=(batch, heads, rounds, starts_size), dtypes=int32
-        ),
-        starts_size=starts_size,
-        key_bias=0
-        if key_bias is None
-        else _native.pointer(key_bias, "key_bias", shape=(batch, key_length), dtypes=float32),
-        rule=native.AttentionRule(**dict(zip(RULE_FIELDS, rule, strict=True))),
-        scale=scale,
-        dropout_threshold=min(int(dropout_p * 2**32), 2**32 - 1),
-        keep_scale=1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
-        seed=0 if seed is None else int(seed) & (2**64 - 1),
-        out=_native.rows(out, "out", shape=(*q.shape[:3], v.size(-1)), dtypes=dtypes),
-        lse=_native.pointer(lse, "lse", shape=(batch, heads, length), dtypes=float32),
-        threads=_native.threads(),
-    )
-
-
-def _workspace(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8)  # torch aligns CPU memory to 64 bytes
-
-
-@torch.library.impl("reformer_kernels::native_attention", "CPU")
-def _(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor,
-    order: Tensor,
-    bucket_starts: Tensor,
-    key_bias: Tensor | None,
-    seed: Tensor | None,
-    rule: list[int],
-    scale: float,
-    dropout_p: float,
-    key_order: Tensor | None = None,
-    key_bucket_starts: Tensor | None = None,
+    layout: Layout,
+    call: AttentionCall,
+    key_layout: Layout | None = None,
 ) -> tuple[Tensor, Tensor]:
-    native = _native.extension()
-    q, v = contiguous_rows(q), contiguous_rows(v)
-    k = None if k is None else contiguous_rows(k)
-    out, lse = empty_out(q, v, key_order), torch.empty(q.shape[:3], dtype=torch.float32)
-    parameters = _parameters(
-        q, k, v, order, bucket_starts, key_bias, seed, rule, scale, dropout_p, key_order, key_bucket_starts,
-        out, lse,
-    )  # fmt: skip
+    """Attention on the call's back end: out (B, H, L, D_v) in q's dtype and lse (B, H, L).
 
-    workspace = _workspace(native.attention_forward_workspace_bytes(parameters))
-    parameters.workspace = _native.pointer(
-        workspace, "workspace", shape=workspace.shape, dtypes=[torch.uint8]
+    `key_layout` is the keys' layout where they are sorted apart from the queries.
+    """
+    arguments = Arguments(
+        q,
+        k,
+        v,
+        layout.order,
+        layout.bucket_starts,
+        None if call.mask is None else _key_bias(call.mask, q.dtype),
+        call.seed if call.dropout_p > 0 else None,
+        call.rule,
+        call.scale,
+        call.dropout_p,
+        None if key_layout is None else key_layout.order,
+        None if key_layout is None else key_layout.bucket_starts,
     )
-    native.attention_forward(parameters)
-    return out, lse
+    if call.backend == "reference":
+        return reference.attention(arguments)
+    refuse_forward_mode(q, k, v)
+    operators = torch.ops.reformer_kernels
+    operator = operators.native_attention if call.backend == "native" else operators.triton_attention
+    return operator(*arguments)
 
 
-@torch.library.impl("reformer_kernels::native_attention_backward", "CPU")
-def _(
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor,
-    order: Tensor,
-    bucket_starts: Tensor,
-    key_bias: Tensor | None,
-    seed: Tensor | None,
-    rule: list[int],
-    scale: float,
-    dropout_p: float,
-    key_order: Tensor | None = None,
-    key_bucket_starts: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    native = _native.extension()
-    q, v = contiguous_rows(q), contiguous_rows(v)
-    k = None if k is None else contiguous_rows(k)
-    grad_out = torch.zeros_like(out) if grad_out is None else contiguous_rows(grad_out)
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    grad_q, grad_v = empty_rows_like(q), empty_rows_like(v)
-    grad_k = q.new_empty(0) if k is None else empty_rows_like(k)
-    parameters = _parameters(
-        q, k, v, order, bucket_starts, key_bias, seed, rule, scale, dropout_p, key_order, key_bucket_starts,
-        out, lse,
-    )  # fmt: skip
+def _key_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a mask adds to the logits of queries of `dtype`: (B, L_k), -inf for padding."""
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    if mask.dtype == torch.bool:
+        bias = torch.zeros(mask.shape, dtype=precision, device=mask.device)
+    else:
+        bias = mask.detach().to(torch.promote_types(mask.dtype, torch.float32))
+        bias = bias.clamp(-LARGEST_KEY_BIAS, LARGEST_KEY_BIAS).to(precision)
+    return bias.masked_fill(is_padding(mask), float("-inf"))
 
-    gradients = native.AttentionGradients(
-        grad_out=_native.rows(grad_out, "grad_out", shape=out.shape, dtypes=[q.dtype]),
-        grad_lse=0
-        if grad_lse is None
-        else _native.pointer(grad_lse, "grad_lse", shape=lse.shape, dtypes=[torch.float32]),
-        grad_q=_native.rows(grad_q, "grad_q", shape=q.shape, dtypes=[q.dtype]),
-        grad_k=native.Rows()
-        if k is None
-        else _native.rows(grad_k, "grad_k", shape=k.shape, dtypes=[q.dtype]),
-        grad_v=_native.rows(grad_v, "grad_v", shape=v.shape, dtypes=[q.dtype]),
+
+def _triton() -> ModuleType:
+    """The Triton kernels, imported when one first runs, because importing Triton takes a while."""
+    from reformer_kernels.ops.attention import triton
+
+    return triton
+
+
+def _define(name: str, devices: tuple[str, ...], kernels: Callable[[], Any]) -> None:
+    """Defines the operator `name` and its gradient on `devices`. `kernels` has their forward and backward."""
+    forward, backward = f"reformer_kernels::{name}", f"reformer_kernels::{name}_backward"
+    torch.library.define(forward, f"({SCHEMA}) -> (Tensor out, Tensor lse)")
+    torch.library.define(
+        backward,
+        f"(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {SCHEMA}) "
+        "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     )
-    workspace = _workspace(native.attention_backward_workspace_bytes(parameters))
-    parameters.workspace = _native.pointer(
-        workspace, "workspace", shape=workspace.shape, dtypes=[torch.uint8]
-    )
-    native.attention_backward(parameters, gradients)
-    return grad_q, grad_k, grad_v
+
+    def run_forward(*flat: Any) -> tuple[Tensor, Tensor]:
+        return kernels().forward(Arguments.of(*flat))
+
+    def run_backward(
+        grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *flat: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return kernels().backward(grad_out, grad_lse, out, lse, Arguments.of(*flat))
+
+    def fake_forward(*flat: Any) -> tuple[Tensor, Tensor]:
+        arguments = Arguments(*flat)
+        return arguments.empty_out(), arguments.empty_lse()
+
+    def fake_backward(
+        grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *flat: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return Arguments(*flat).empty_gradients()
+
+    def differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        unused = (None,) * len(Arguments._fields)
+        if grad_out is None and grad_lse is None:
+            return unused
+        # Read once, because torch.utils.checkpoint hands saved tensors out once.
+        out, lse, *tensors = ctx.saved_tensors
+        arguments = ctx.rest._replace(**dict(zip(ctx.tensor_names, tensors, strict=True)))
+        gradients = getattr(torch.ops.reformer_kernels, f"{name}_backward")
+        grad_q, grad_k, grad_v = gradients(grad_out, grad_lse, out, lse, *arguments)
+        return grad_q, None if arguments.k is None else grad_k, grad_v, *unused[3:]
+
+    def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(
+            f"reformer_kernels: the {name.partition('_')[0]} attention kernels have no second derivative; "
+            'use backend="reference" for double backward'
+        )
+
+    torch.library.register_fake(forward, fake_forward)
+    torch.library.register_fake(backward, fake_backward)
+    torch.library.register_autograd(forward, differentiate, setup_context=_keep_for_backward)
+    torch.library.register_autograd(backward, no_second_derivative)
+    for device in devices:
+        torch.library.impl(forward, device, run_forward)
+        torch.library.impl(backward, device, run_backward)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Tensors go through autograd's own store, which notices when they are modified in place."""
+    arguments = Arguments(*inputs)
+    ctx.tensor_names = [name for name, x in arguments._asdict().items() if isinstance(x, Tensor)]
+    ctx.save_for_backward(*output, *(getattr(arguments, name) for name in ctx.tensor_names))
+    values: dict[str, Any] = dict.fromkeys(ctx.tensor_names)
+    ctx.rest = arguments._replace(**values)
+    ctx.set_materialize_grads(False)
+
+
+_define("native_attention", ("CPU",), lambda: native)
+_define("triton_attention", ("CUDA", "CPU"), _triton)  # on the CPU, Triton's interpreter runs them, for tests

@@ -13,7 +13,8 @@ from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
 from reformer_kernels import _autocast, _random
-from reformer_kernels.config import KEY_NORMS, AttentionRule
+from reformer_kernels.ops.attention.arguments import Arguments
+from reformer_kernels.rule import AttentionRule, key_range, normalise_keys, widest_range
 
 BLOCK_ELEMENTS = 2**22
 """Queries are taken in blocks that gather about this many numbers."""
@@ -22,41 +23,27 @@ EMPTY_LSE = -1e5
 """Log-sum-exp of a query that has only itself to attend, under `exclude_self`."""
 
 
-def attention(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor,
-    order: Tensor,
-    bucket_starts: Tensor,
-    key_bias: Tensor | None,
-    seed: Tensor | None,
-    rule: AttentionRule,
-    scale: float,
-    dropout_p: float,
-    key_order: Tensor | None = None,
-    key_bucket_starts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """out_i = sum_j p_ij v_j and lse_i, with p = softmax over the instances j that `rule` lets i see.
+def attention(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """out_i = sum_j p_ij v_j and lse_i, with p = softmax over the instances j that the rule lets i see.
 
-    s_ij = scale * q_i . k_j + key_bias_j - log N_ij, lse_i = log sum_j exp(s_ij), p_ij = exp(s_ij - lse_i);
+    s_ij = scale * q_i . k_j + key_bias_j - log N_ij, lse_i = log sum_j exp(s_ij), p_ij = exp(s_ij - lse_i).
     N_ij is how often i sees j over all rounds if the rule corrects duplicates, else 1. Dropout acts on p.
 
-    q (B, H, L, D), k the same or None (q normalised by `rule.key_norm`), v (B, H, L, Dv), order (B, H, R, L)
-    and bucket_starts (B, H, R, S) as in `Layout`, key_bias (B, L) or None with -inf at padding, seed an int64
-    tensor of one element (None without dropout).
-    Keys sorted apart from the queries: key_order (B, H, R, L_k), key_bucket_starts (B, H, R, S); then
-    k (B, H, L_k, D) is given, v is (B, H, L_k, Dv), key_bias (B, L_k) is no query's, and a query's range lies
-    around its cursor, see `_cursors`. Such a rule has a bucket window, no ring and no self mask.
-    -> out (B, H, L, Dv) in q's dtype, lse (B, H, L) float32, float64 for float64 q.
+    Takes `Arguments`, with key_bias in float64 where q is. Where keys are sorted apart from the queries, a
+    query's range lies around its cursor, see `_cursors`; the rule then has a rank window, no ring and no
+    self mask, and padding is that of the keys alone.
+    -> out (B, H, L, D_v) in q's dtype, lse (B, H, L) float32, float64 for float64 q.
 
-    Padding rows are read as zeros, those of q where keys are not sorted apart. A query that sees nothing:
-    with `rule.exclude_self` and not padding, out = v_i and lse = -1e5, else out = 0 and lse = -inf; no
-    gradient flows through that lse.
+    Padding rows are read as zeros, those of q where keys are not sorted apart. A query that sees nothing
+    gets out = v_i and lse = -1e5 under `rule.exclude_self` if it is not padding, else out = 0 and lse = -inf;
+    no gradient flows through that lse.
 
-    Computes in float32 (float64 for float64 q). Memory is bounded by working over blocks of queries,
-    recomputed in backward. Raises ValueError where an order is not a permutation of 0..L-1, bucket
-    starts do not rise from 0 to L, or separate orders are not sorted by position within their buckets.
+    Computes in float32 (float64 for float64 q). Memory is bounded by working over blocks of queries, which
+    backward computes again. Raises ValueError where an order is not a permutation of 0..L-1, where bucket
+    starts do not rise from 0 to L, or where separate orders are not sorted by position within their buckets.
     """
+    q, k, v, order, bucket_starts, key_bias, seed, rule, scale, dropout_p, *keys = arguments
+    key_order, key_bucket_starts = keys
     B, H, L, D = q.shape
     L_k, R, dtype = v.shape[2], order.shape[2], q.dtype
     separate = key_order is not None
@@ -97,17 +84,6 @@ def attention(
             outs.append(out.to(dtype))
             lses.append(lse)
         return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
-
-
-def normalise_keys(q: Tensor, key_norm: int) -> Tensor:
-    """Shared query-keys (..., D) to keys: see `LSHConfig.key_norm`, of which `key_norm` is the index."""
-    match KEY_NORMS[key_norm]:
-        case "rms":
-            return q * torch.rsqrt(q.square().mean(-1, keepdim=True) + 1e-6) * q.shape[-1] ** -0.5
-        case "l2":
-            return q / torch.linalg.vector_norm(q, dim=-1, keepdim=True).clamp_min(1e-12)
-        case _:
-            return q
 
 
 def _attend_block(
@@ -199,42 +175,6 @@ def _cursors(bucket: Tensor, key_order: Tensor, key_bucket: Tensor, causal: bool
     i = torch.arange(L, device=bucket.device)
     place, span = i if causal else i * L_k // L, max(L, L_k)
     return torch.searchsorted(key_bucket * span + key_order, bucket * span + place, right=True)
-
-
-def key_range(
-    rule: AttentionRule, round_: Tensor, rank: Tensor, end: Tensor, length: int | Tensor
-) -> tuple[Tensor, Tensor]:
-    """Ring positions [low, high) that a query at ranks [rank, end) of `round_` sees before the bucket mask.
-
-    Without a ring they are cut to the round; with one, low may be negative and high past the end. `length`
-    may be a tensor that spreads over the ranks, one sequence length a row.
-    """
-    if rule.rank_window:
-        low, high = rank - rule.window_before, end + rule.window_after
-        low, high = round_ * length + low, round_ * length + high
-    else:
-        chunks = -(-length // rule.chunk_length)
-        chunk = round_ * chunks + rank // rule.chunk_length
-        low = _chunk_start(chunk - rule.chunks_before, chunks, rule.chunk_length, length)
-        high = _chunk_start(chunk + 1 + rule.chunks_after, chunks, rule.chunk_length, length)
-    if not rule.ring:
-        low, high = low.maximum(round_ * length), high.minimum((round_ + 1) * length)
-    return low, high
-
-
-def _chunk_start(chunk: Tensor, chunks: int | Tensor, chunk_length: int, length: int | Tensor) -> Tensor:
-    """Ring position at which a chunk starts; each round's last of `chunks` is short. Negative ones wrap."""
-    round_ = torch.div(chunk, chunks, rounding_mode="floor")
-    return round_ * length + (chunk - round_ * chunks) * chunk_length
-
-
-def widest_range(rule: AttentionRule, length: int) -> int:
-    """The most ring positions that `key_range` can give a query."""
-    if rule.rank_window:
-        width = rule.window_before + 1 + rule.window_after
-    else:
-        width = (rule.chunks_before + 1 + rule.chunks_after) * rule.chunk_length
-    return width if rule.ring else min(width, length)
 
 
 def _bucket_of_rank(bucket_starts: Tensor, length: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""The two-layer feed-forward in chunks of rows."""
+"""The two-layer feed-forward network, computed in chunks of rows."""

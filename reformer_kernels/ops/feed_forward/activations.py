@@ -1,7 +1,7 @@
-"""Activations of a two-layer feed-forward and their derivatives, written into given memory.
+"""The activations of a two-layer feed-forward network and their derivatives, written into given memory.
 
-Ordinary ones map the d_ff columns of the first layer to d_ff. Gated ones ("GLU variants") have 2 d_ff columns
-there and give h = first half * gate(second half), as `torch.nn.functional.glu` does.
+Elementwise activations map the d_ff columns of the first layer to d_ff columns. Gated ones (the "GLU
+variants") take 2 d_ff columns and give h = first half * gate(second half), as `torch.nn.functional.glu` does.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Scalar:
-    """A function of one variable: values and gradients into `out`, which may be the first argument."""
+class Elementwise:
+    """A function of one variable: its values and its gradients, written into `out`.
+
+    `out` may be the first argument.
+    """
 
     value: Callable[[Tensor, Tensor], Tensor]  # (a, out)
     gradient: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (grad, a, value at a, out)
 
 
-def _gelu(approximate: str) -> Scalar:
-    return Scalar(
+def _gelu(approximate: str) -> Elementwise:
+    return Elementwise(
         lambda a, out: aten.gelu.out(a, approximate=approximate, out=out),
         lambda grad, a, value, out: aten.gelu_backward.grad_input(
             grad, a, approximate=approximate, grad_input=out
@@ -32,17 +35,17 @@ def _gelu(approximate: str) -> Scalar:
     )
 
 
-RELU = Scalar(
+RELU = Elementwise(
     lambda a, out: torch.clamp_min(a, 0, out=out),
     lambda grad, a, value, out: aten.threshold_backward.grad_input(grad, a, 0, grad_input=out),
 )
 GELU = _gelu("none")
 GELU_TANH = _gelu("tanh")
-SILU = Scalar(
+SILU = Elementwise(
     lambda a, out: aten.silu.out(a, out=out),
     lambda grad, a, value, out: aten.silu_backward.grad_input(grad, a, grad_input=out),
 )
-SIGMOID = Scalar(
+SIGMOID = Elementwise(
     lambda a, out: torch.sigmoid(a, out=out),
     lambda grad, a, value, out: aten.sigmoid_backward.grad_input(grad, value, grad_input=out),
 )
@@ -50,31 +53,31 @@ SIGMOID = Scalar(
 
 @dataclass(frozen=True)
 class Activation:
-    """h from the first layer's result a, and the gradient of a."""
+    """The map from the first layer's result a to the hidden layer h, and the gradient of a from that of h."""
 
-    scalar: Scalar
+    function: Elementwise
     gated: bool
 
     def inner_width(self, d_ff: int) -> int:
-        """The first layer's columns."""
+        """The number of columns of the first layer."""
         return 2 * d_ff if self.gated else d_ff
 
     def value(self, a: Tensor, out: Tensor) -> Tensor:
-        """h (rows, d_ff) from a (rows, inner width), into `out`."""
+        """h (rows, d_ff) from a (rows, inner width), written into `out`."""
         if not self.gated:
-            return self.scalar.value(a, out)
-        plain, gate = a.chunk(2, dim=1)
-        return self.scalar.value(gate, out).mul_(plain)
+            return self.function.value(a, out)
+        linear, gate = a.chunk(2, dim=1)
+        return self.function.value(gate, out).mul_(linear)
 
     def gradient(self, grad: Tensor, a: Tensor, out: Tensor) -> Tensor:
-        """The gradient of a from that of h, into `out` (shaped like a); may overwrite `grad`."""
+        """The gradient of a from that of h, written into `out` (shaped like a); may overwrite `grad`."""
         if not self.gated:
-            return self.scalar.gradient(grad, a, a, out)
-        plain, gate = a.chunk(2, dim=1)
-        of_plain, of_gate = out.chunk(2, dim=1)
-        gate_value = self.scalar.value(gate, torch.empty_like(grad))
-        torch.mul(grad, gate_value, out=of_plain)
-        self.scalar.gradient(grad.mul_(plain), gate, gate_value, of_gate)
+            return self.function.gradient(grad, a, a, out)
+        linear, gate = a.chunk(2, dim=1)
+        linear_grad, gate_grad = out.chunk(2, dim=1)
+        gate_value = self.function.value(gate, torch.empty_like(grad))
+        torch.mul(grad, gate_value, out=linear_grad)
+        self.function.gradient(grad.mul_(linear), gate, gate_value, gate_grad)
         return out
 
 

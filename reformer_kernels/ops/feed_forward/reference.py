@@ -1,4 +1,4 @@
-"""The two-layer feed-forward as ordinary differentiable torch: the oracle of the chunked one."""
+"""The two-layer feed-forward network in ordinary, differentiable torch: the oracle of the chunked one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SCALARS: dict[str, Callable[[Tensor], Tensor]] = {
+ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda a: F.gelu(a, approximate="tanh"),
@@ -16,17 +16,17 @@ SCALARS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "glu": torch.sigmoid,
-    "reglu": SCALARS["relu"],
-    "geglu": SCALARS["gelu"],
-    "geglu_tanh": SCALARS["gelu_tanh"],
-    "swiglu": SCALARS["silu"],
+    "reglu": ELEMENTWISE["relu"],
+    "geglu": ELEMENTWISE["gelu"],
+    "geglu_tanh": ELEMENTWISE["gelu_tanh"],
+    "swiglu": ELEMENTWISE["silu"],
 }
 
 
 def activate(a: Tensor, activation: str) -> Tensor:
-    """h from the first layer's result; gated ones are first half * gate(second half)."""
-    if activation in SCALARS:
-        return SCALARS[activation](a)
+    """The hidden layer h from the first layer's result a; gated: first half * gate(second half)."""
+    if activation in ELEMENTWISE:
+        return ELEMENTWISE[activation](a)
     value, gate = a.chunk(2, dim=-1)
     return value * GATES[activation](gate)
 
@@ -38,8 +38,11 @@ def feed_forward(
     w2: Tensor,
     b2: Tensor | None,
     activation: str,
-    keep: Tensor | None = None,
+    dropout_factors: Tensor | None = None,
 ) -> Tensor:
-    """w2 (keep * activation(w1 x + b1)) + b2; `keep` (rows, d_ff) is 0 or 1 / (1 - p)."""
+    """(dropout_factors * activation(x w1' + b1)) w2' + b2.
+
+    dropout_factors (rows, d_ff) holds 0 or 1 / (1 - p); None means no dropout.
+    """
     h = activate(F.linear(x, w1, b1), activation)
-    return F.linear(h if keep is None else h * keep, w2, b2)
+    return F.linear(h if dropout_factors is None else h * dropout_factors, w2, b2)

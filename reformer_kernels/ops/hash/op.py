@@ -1,23 +1,50 @@
-"""The operators of LSH hashing: `torch.ops.reformer_kernels.native_lsh_hash` and `triton_lsh_hash`."""
+"""The operators of LSH hashing: schema, checks, fake kernels, and the choice of back end.
+
+`torch.ops.reformer_kernels.native_lsh_hash` and `triton_lsh_hash` turn rows into bucket ids. Where no factors
+are given they find automatic ones inside the operator, so that a compiled graph serves every length.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from reformer_kernels import _native
+from reformer_kernels._limits import KERNEL_DTYPES
 from reformer_kernels.config import automatic_factors
+from reformer_kernels.ops.hash import native, reference
 
-_library = torch.library.Library("reformer_kernels", "FRAGMENT")
-for _name in ("native_lsh_hash", "triton_lsh_hash"):
-    _library.define(
-        f"{_name}(Tensor x, Tensor rotations, int[] factors, int span, Tensor? padding, "
-        "SymInt? length=None) -> Tensor",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
+
+def lsh_hash(
+    x: Tensor,
+    rotations: Tensor,
+    factors: Sequence[int],
+    padding: Tensor | None,
+    backend: str,
+    *,
+    span: int = 0,
+    length: int | None = None,
+) -> Tensor:
+    """Bucket ids (B, H, R, L) int32 of x (B, H, L, D), without gradient: see `functional.lsh_hash`.
+
+    Without factors they are automatic for `length` tokens (None: x's own) at two buckets for each `span`.
+    """
+    x, rotations = x.detach(), rotations.detach().to(x.device)
+    if backend == "reference":
+        return reference.lsh_hash(x, rotations, _resolved(x, factors, span, length), padding)
+    operators = torch.ops.reformer_kernels
+    operator = operators.native_lsh_hash if backend == "native" else operators.triton_lsh_hash
+    return operator(x, rotations, factors, span, padding, length)
+
+
+def _resolved(x: Tensor, factors: Sequence[int], span: int, length: int | None) -> Sequence[int]:
+    if factors or span < 1 or x.dim() != 4:
+        return factors
+    return automatic_factors(int(x.size(2) if length is None else length), span)
 
 
 def _check(x: Tensor, rotations: Tensor, factors: Sequence[int], span: int, padding: Tensor | None) -> None:
@@ -42,101 +69,70 @@ def _check(x: Tensor, rotations: Tensor, factors: Sequence[int], span: int, padd
         raise ValueError(f"padding must be (B, L), got shape {tuple(padding.shape)}")
 
 
-def _resolve_factors(x: Tensor, factors: Sequence[int], span: int, length: int | None) -> Sequence[int]:
-    """Without factors, they are automatic: from `span` and `length`, by default that of x."""
-    if not factors and span >= 1 and x.dim() == 4:
-        return automatic_factors(x.size(2) if length is None else length, span)
-    return factors
-
-
-def _native_hash(
-    x: Tensor,
-    rotations: Tensor,
-    factors: Sequence[int],
-    span: int,
-    padding: Tensor | None,
-    length: int | None = None,
-) -> Tensor:
-    factors = _resolve_factors(x, factors, span, length)
-    _check(x, rotations, factors, span, padding)
-    native = _native.extension()
-    if x.size(3) > 1 and x.stride(3) != 1:
-        x = x.contiguous()
-    rotations = rotations.contiguous()
-    B, H, L, D = x.shape
-    R, width = rotations.shape[2:]
-    buckets = torch.empty((B, H, R, L), dtype=torch.int32)
-    if padding is not None:
-        padding = padding.contiguous()
-    factor_table = torch.tensor(factors, dtype=torch.int32)
-    params = native.HashParams(
-        B=B,
-        H=H,
-        L=L,
-        D=D,
-        R=R,
-        dtype=_native.DTYPES.get(x.dtype, 0),
-        x=_native.rows(x, "x", shape=(B, H, L, D), dtypes=tuple(_native.DTYPES)),
-        rotations=_native.pointer(
-            rotations, "rotations", shape=(rotations.size(0), D, R, width), dtypes=(torch.float32,)
-        ),
-        rotation_heads=rotations.size(0),
-        rotation_width=width,
-        factors=_native.pointer(factor_table, "factors", shape=(len(factors),), dtypes=(torch.int32,)),
-        n_factors=len(factors),
-        buckets=_native.pointer(buckets, "buckets", shape=(B, H, R, L), dtypes=(torch.int32,)),
-        threads=_native.threads(),
-    )
-    if padding is not None:
-        params.padding = _native.pointer(padding, "padding", shape=(B, L), dtypes=(torch.bool,))
-    if buckets.numel():
-        native.lsh_hash(params)
-    return buckets
-
-
-def _triton_hash(
-    x: Tensor,
-    rotations: Tensor,
-    factors: Sequence[int],
-    span: int,
-    padding: Tensor | None,
-    length: int | None = None,
-) -> Tensor:
-    from reformer_kernels.ops.hash import triton as triton_kernels  # here, as importing Triton takes a while
-
-    factors = _resolve_factors(x, factors, span, length)
-    _check(x, rotations, factors, span, padding)
+def _check_tensors(x: Tensor, rotations: Tensor, padding: Tensor | None) -> None:
     for name, tensor, dtypes in (
-        ("x", x, tuple(_native.DTYPES)),
+        ("x", x, KERNEL_DTYPES),
         ("rotations", rotations, (torch.float32,)),
         ("padding", padding, (torch.bool,)),
     ):
         if tensor is None:
             continue
         if tensor.dtype not in dtypes:
-            raise TypeError(f"{name} must be one of {dtypes}, got {tensor.dtype}")
+            accepted = " or ".join(map(str, dtypes))
+            raise TypeError(f"{name} must be {accepted}, got {tensor.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on {x.device}, as x, got {tensor.device}")
     if padding is not None and padding.shape != (x.size(0), x.size(2)):
         raise ValueError(f"padding must have shape {(x.size(0), x.size(2))}, got {tuple(padding.shape)}")
-    x = x if x.size(3) == 1 or x.stride(3) == 1 else x.contiguous()
-    return triton_kernels.lsh_hash(x, rotations, factors, padding)
 
 
-def _fake(
-    x: Tensor,
-    rotations: Tensor,
-    factors: Sequence[int],
-    span: int,
-    padding: Tensor | None,
-    length: int | None = None,
-) -> Tensor:
-    _check(x, rotations, factors, span, padding)
-    return x.new_empty((x.size(0), x.size(1), rotations.size(2), x.size(2)), dtype=torch.int32)
+def _triton() -> ModuleType:
+    """The Triton kernel, imported when it first runs, because importing Triton takes a while."""
+    from reformer_kernels.ops.hash import triton
+
+    return triton
 
 
-_library.impl("native_lsh_hash", _native_hash, "CPU")
-for _device in ("CUDA", "CPU"):  # the CPU's is Triton's interpreter
-    _library.impl("triton_lsh_hash", _triton_hash, _device)
-for _name in ("native_lsh_hash", "triton_lsh_hash"):
-    torch.library.register_fake(f"reformer_kernels::{_name}", _fake, lib=_library)
+def _define(name: str, devices: tuple[str, ...], kernel: Callable[[], Any]) -> None:
+    """Defines the operator `name` on `devices`, which runs `kernel().lsh_hash`."""
+    qualified = f"reformer_kernels::{name}"
+    torch.library.define(
+        qualified,
+        "(Tensor x, Tensor rotations, int[] factors, int span, Tensor? padding, SymInt? length=None)"
+        " -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+
+    def run(
+        x: Tensor,
+        rotations: Tensor,
+        factors: Sequence[int],
+        span: int,
+        padding: Tensor | None,
+        length: int | None = None,
+    ) -> Tensor:
+        factors = _resolved(x, factors, span, length)
+        _check(x, rotations, factors, span, padding)
+        _check_tensors(x, rotations, padding)
+        x = x if x.size(3) == 1 or x.stride(3) == 1 else x.contiguous()
+        padding = None if padding is None else padding.contiguous()
+        return kernel().lsh_hash(x, rotations.contiguous(), factors, padding)
+
+    def fake(
+        x: Tensor,
+        rotations: Tensor,
+        factors: Sequence[int],
+        span: int,
+        padding: Tensor | None,
+        length: int | None = None,
+    ) -> Tensor:
+        _check(x, rotations, factors, span, padding)
+        return x.new_empty((x.size(0), x.size(1), rotations.size(2), x.size(2)), dtype=torch.int32)
+
+    torch.library.register_fake(qualified, fake)
+    for device in devices:
+        torch.library.impl(qualified, device, run)
+
+
+_define("native_lsh_hash", ("CPU",), lambda: native)
+_define("triton_lsh_hash", ("CUDA", "CPU"), _triton)  # on the CPU, Triton's interpreter runs it, for tests

@@ -1,10 +1,11 @@
 """Angular hashing on the GPU: rotation and argmax in one kernel.
 
-A program takes `rows` tokens of one head in one round and walks the columns of the rotation in blocks of
-`keys`, keeping for each token only the best column so far: the projections never reach memory.
+A program takes the `rows` of its tile, tokens of one head in one round, and walks the columns of the rotation
+in blocks of `keys`. It keeps only the best column so far for each token, so that projections never reach
+memory.
 
-A float32 has 24 bits, a bfloat16 eight: any float32 is the sum of three bfloat16 numbers. So tensor cores,
-which multiply those without rounding, project as exactly as float32 arithmetic (TF32 would move ids).
+A float32 has 24 bits and a bfloat16 has 8, so any float32 is the sum of three bfloat16 numbers. Tensor cores
+multiply those without rounding, and so project as exactly as float32 arithmetic, where TF32 would move ids.
 """
 
 from __future__ import annotations
@@ -17,16 +18,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reformer_kernels.gpu.launching import alignment, check_programs, check_rows, dot, on_device, row_strides
-from reformer_kernels.gpu.specialization import TRITON_TYPES, Specialization
-from reformer_kernels.gpu.tiles import Tile, architecture_of, tile
+from reformer_kernels._limits import MAX_HEAD_DIM
+from reformer_kernels.gpu.architectures import architecture_of
+from reformer_kernels.gpu.dot import dot
+from reformer_kernels.gpu.launching import alignment, check_programs, check_rows, on_device, row_strides
+from reformer_kernels.gpu.specializations import TRITON_TYPES, Specialization
+from reformer_kernels.gpu.tiles import Tile, tile
 
 KERNEL = "lsh_hash"
+"""What the table of tiles calls the kernel."""
 
 FACTORS_A_LAUNCH = 4
-"""As many as automatic factors have; longer lists take several launches."""
+"""The most bucket factors of one launch, which is as many as automatic factors have."""
 
 _PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+"""How many bfloat16 numbers each dtype splits into."""
 
 _INTEGERS = (
     *("batch_stride", "head_stride", "row_stride", "rotation_head_stride", "rotation_stride", "width"),
@@ -36,15 +42,15 @@ _INTEGERS = (
 
 @triton.jit
 def _load_columns(  # type: ignore[no-untyped-def]
-    x, rotation, d0, columns, rows_inside, columns_inside, row_offsets, rotation_stride,
+    x, rotation, d0, columns, row_valid, column_valid, row_offsets, rotation_stride,
     D: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     """Dimensions [d0, d0 + DIMS) of the rows [ROWS, DIMS] and of the rotation's columns [DIMS, COLUMNS]."""
     d = d0 + tl.arange(0, DIMS)
-    a = tl.load(x + row_offsets[:, None] + d[None, :], rows_inside[:, None] & (d < D)[None, :], other=0.0)
+    a = tl.load(x + row_offsets[:, None] + d[None, :], row_valid[:, None] & (d < D)[None, :], other=0.0)
     b = tl.load(
         rotation + d[:, None] * rotation_stride + columns[None, :],
-        (d < D)[:, None] & columns_inside[None, :],
+        (d < D)[:, None] & column_valid[None, :],
         other=0.0,
     )
     return a, b
@@ -52,15 +58,15 @@ def _load_columns(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _leading_bits(x):  # type: ignore[no-untyped-def]
-    """x cut to the bits that a bfloat16 holds: what is left, x - result, is exact."""
+    """x cut to the bits that a bfloat16 holds. The rest, x - result, is exact."""
     return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _product(a, b, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """a [M, K], of which PARTS bfloat16 numbers add up to each element, times b [K, N] float32, in float32.
+    """a [M, K], whose numbers are sums of PARTS bfloat16 numbers, times b [K, N] float32, in float32.
 
-    Leaves out the products of parts that are below the last bit of a float32.
+    Products of parts that are below the last bit of a float32 are left out.
     """
     b1 = _leading_bits(b)
     b2 = _leading_bits(b - b1)
@@ -113,8 +119,8 @@ def lsh_hash_kernel(  # type: ignore[no-untyped-def]
 ):
     """id = sum_k stride_k * argmax([x R_k; -x R_k]) over the `factors` factors of this launch.
 
-    The first launch's ids begin at 0, later ones add; in between, -1 marks rows that are not finite. The
-    last one makes them 0, and padding the id after the last.
+    The FIRST launch starts ids at 0 and later ones add to them. Between launches, -1 marks rows that are not
+    finite. The LAST launch gives those the id 0, and padding the id after the last bucket.
     """
     program = tl.program_id(0)
     round_ = program % R
@@ -122,9 +128,9 @@ def lsh_hash_kernel(  # type: ignore[no-untyped-def]
     tiles = tl.cdiv(L, ROWS)
     head = (program // tiles).to(tl.int64)
     row = (program % tiles) * ROWS + tl.arange(0, ROWS)
-    inside = row < L
+    valid = row < L
     batch = head // H
-    # In units of ALIGN, which tells the compiler that whole vectors can be loaded.
+    # Strides are multiplied by ALIGN here, so that the compiler knows that it can load whole vectors.
     row_offsets = row.to(tl.int64) * ((row_stride // ALIGN).to(tl.int64) * ALIGN)
     x += batch * ((batch_stride // ALIGN).to(tl.int64) * ALIGN)
     x += (head % H) * ((head_stride // ALIGN).to(tl.int64) * ALIGN)
@@ -133,34 +139,34 @@ def lsh_hash_kernel(  # type: ignore[no-untyped-def]
     out = buckets + (head * R + round_) * L + row
 
     ids = tl.zeros([ROWS], tl.int32)
-    bad = tl.zeros([ROWS], tl.int32)
+    not_finite = tl.zeros([ROWS], tl.int32)
     if not FIRST:
-        ids = tl.load(out, inside, other=0)
-        bad = (ids < 0).to(tl.int32)
+        ids = tl.load(out, valid, other=0)
+        not_finite = (ids < 0).to(tl.int32)
     for n in range(factors):
         factor = tl.where(n == 0, factor0, tl.where(n == 1, factor1, tl.where(n == 2, factor2, factor3)))
         half = factor // 2
-        high = tl.full([ROWS], float("-inf"), tl.float32)  # the largest projection and, below, of -x
-        low = tl.full([ROWS], float("-inf"), tl.float32)
+        high = tl.full([ROWS], float("-inf"), tl.float32)  # the largest projection of x so far
+        low = tl.full([ROWS], float("-inf"), tl.float32)  # and of -x
         high_index = tl.zeros([ROWS], tl.int32)
         low_index = tl.zeros([ROWS], tl.int32)
         for c0 in range(0, half, COLUMNS):
             c = c0 + tl.arange(0, COLUMNS)
-            valid = c < half
+            column_valid = c < half
             projected = tl.zeros([ROWS, COLUMNS], tl.float32)
             for d0 in tl.static_range(0, D, DIMS):
                 a, b = _load_columns(
-                    x, rotation, d0, column + c, inside, valid, row_offsets, rotation_stride, D, DIMS
+                    x, rotation, d0, column + c, valid, column_valid, row_offsets, rotation_stride, D, DIMS
                 )
                 projected += _product(a, b, PARTS)
             infinite = (tl.abs(projected) < float("inf")) == 0
-            bad = tl.maximum(bad, tl.max(infinite.to(tl.int32), 1))
+            not_finite = tl.maximum(not_finite, tl.max(infinite.to(tl.int32), 1))
             projected = tl.where(infinite, 0.0, projected)
-            masked = tl.where(valid[None, :], projected, float("-inf"))
-            best, index = tl.max(masked, 1, return_indices=True)  # of equal ones the first
+            masked = tl.where(column_valid[None, :], projected, float("-inf"))
+            best, index = tl.max(masked, 1, return_indices=True)  # the first of equal ones
             high_index = tl.where(best > high, c0 + index, high_index)
             high = tl.maximum(best, high)
-            masked = tl.where(valid[None, :], -projected, float("-inf"))
+            masked = tl.where(column_valid[None, :], -projected, float("-inf"))
             best, index = tl.max(masked, 1, return_indices=True)
             low_index = tl.where(best > low, c0 + index, low_index)
             low = tl.maximum(best, low)
@@ -168,32 +174,35 @@ def lsh_hash_kernel(  # type: ignore[no-untyped-def]
         id_stride *= factor
         column += half
     if LAST:
-        ids = tl.where(bad != 0, 0, ids)
+        ids = tl.where(not_finite != 0, 0, ids)
         if HAS_PADDING:
-            pad = tl.load(padding + batch * L + row, inside, other=0)
+            pad = tl.load(padding + batch * L + row, valid, other=0)
             ids = tl.where(pad != 0, id_stride, ids)
     else:
-        ids = tl.where(bad != 0, -1, ids)
-    tl.store(out, ids, inside)
+        ids = tl.where(not_finite != 0, -1, ids)
+    tl.store(out, ids, valid)
 
 
 def lsh_hash(x: Tensor, rotations: Tensor, factors: Sequence[int], padding: Tensor | None) -> Tensor:
-    """The launcher: arguments as `reference.lsh_hash`, already checked; rotations on x's device."""
+    """Bucket ids (B, H, R, L) int32. The arguments are those of `reference.lsh_hash`, checked, on one device.
+
+    Raises ValueError for rows that a kernel cannot read, a head dimension above 256 or too large a grid.
+    """
     B, H, L, D = x.shape
     R, width = rotations.shape[2:]
     check_rows([("x", x)])
     buckets = torch.empty((B, H, R, L), dtype=torch.int32, device=x.device)
     if not buckets.numel():
         return buckets
-    if D > 256:
-        raise ValueError(f"x's last dimension must be in 1..256, got {D}")
+    if D > MAX_HEAD_DIM:
+        raise ValueError(f"x's last dimension must be in 1..{MAX_HEAD_DIM}, got {D}")
     rotations = rotations.contiguous()
     chosen = tile(KERNEL, architecture=architecture_of(x.device), bits=8 * x.element_size(), head_dim=D)
     programs = check_programs(B * H * R * triton.cdiv(L, chosen.rows))
     column, id_stride = 0, 1
     with on_device(x):
         for first in range(0, len(factors), FACTORS_A_LAUNCH):
-            now = factors[first : first + FACTORS_A_LAUNCH]
+            launch_factors = factors[first : first + FACTORS_A_LAUNCH]
             lsh_hash_kernel[(programs,)](
                 x,
                 rotations,
@@ -206,9 +215,9 @@ def lsh_hash(x: Tensor, rotations: Tensor, factors: Sequence[int], padding: Tens
                 H,
                 L,
                 R,
-                len(now),
-                *now,
-                *[2] * (FACTORS_A_LAUNCH - len(now)),
+                len(launch_factors),
+                *launch_factors,
+                *[2] * (FACTORS_A_LAUNCH - len(launch_factors)),
                 column,
                 id_stride,
                 FIRST=first == 0,
@@ -221,8 +230,8 @@ def lsh_hash(x: Tensor, rotations: Tensor, factors: Sequence[int], padding: Tens
                 num_warps=chosen.warps,
                 num_stages=chosen.stages,
             )
-            column += sum(now) // 2
-            id_stride *= math.prod(now)
+            column += sum(launch_factors) // 2
+            id_stride *= math.prod(launch_factors)
     return buckets
 
 
@@ -233,7 +242,10 @@ def _tile_arguments(chosen: Tile) -> dict[str, int]:
 def specializations(
     *, architecture: str, dtype: torch.dtype, head_dim: int, options: str, tiles: Mapping[str, Tile]
 ) -> list[Specialization]:
-    """See `ops.specialization`. "all" is the last of several launches, with padding."""
+    """The kernel for tensors of `dtype` and `head_dim`: see `gpu.specializations`.
+
+    With options "off" it is the only launch of a call, with "all" the last of several, with padding.
+    """
     bits = 8 * dtype.itemsize
     chosen = tiles.get(KERNEL) or tile(KERNEL, architecture=architecture, bits=bits, head_dim=head_dim)
     everything = options == "all"

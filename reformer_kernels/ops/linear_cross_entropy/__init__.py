@@ -1,1 +1,1 @@
-"""Projection to the vocabulary, log-softmax and loss in chunks of rows."""
+"""Projection to the vocabulary, log-softmax and loss, computed in chunks of rows."""

@@ -1,4 +1,4 @@
-"""Projection, log-softmax and loss on whole logits, as ordinary differentiable torch: the oracle."""
+"""Projection, log-softmax and loss on all logits at once, in ordinary, differentiable torch: the oracle."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """F.cross_entropy of the logits x weight' + bias, plus z_loss * w_y * lse**2 for each row.
 
-    w_y is the target's class weight (1 without class weights), lse the log of the sum of exp of the row's
-    logits. "mean" divides the sum by the sum of w_y over rows that are not ignored.
+    w_y is the class weight of the row's target (1 without class weights), lse the log of the sum of the
+    exponentials of the row's logits. "mean" divides the sum by the sum of w_y over the rows that are not
+    ignored.
     """
     logits = F.linear(x, weight, bias)
     losses = F.cross_entropy(

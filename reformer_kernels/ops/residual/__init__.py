@@ -1,1 +1,1 @@
-"""Steps of residual streams, in floating point and in fixed point."""
+"""Residual steps: updates of the streams of reversible layers, in floating point and in fixed point."""

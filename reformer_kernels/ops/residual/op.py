@@ -1,8 +1,5 @@
 """The operators of residual steps: `torch.ops.reformer_kernels.native_residual_step` and
-`triton_residual_step`.
-
-One pass over a stream: stream += sign * delta in place, and what the next module reads: the stream's value
-(of a fixed-point stream) and, if asked for, its LayerNorm or RMSNorm.
+`triton_residual_step`, whose arguments are the fields of `reference.Step`.
 """
 
 from __future__ import annotations
@@ -12,99 +9,83 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reformer_kernels import _native
-from reformer_kernels.ops.residual.checks import NORMALIZATIONS, allocate, check
+from reformer_kernels.ops.residual import native
+from reformer_kernels.ops.residual.reference import NORMALIZATIONS, Results, Step
+
+_ARGUMENTS = (
+    "Tensor(a!) stream, Tensor? delta, int sign, Tensor? scale, Tensor(b!)? flag, ScalarType dtype, "
+    "str normalization, Tensor? norm_weight, Tensor? norm_bias, float epsilon"
+)
+
+
+def _check(step: Step) -> None:
+    """Raises TypeError or ValueError for arguments that no back end takes."""
+    stream, delta = step.stream, step.delta
+    if step.sign not in (1, -1):
+        raise ValueError(f"sign must be 1 or -1, got {step.sign}")
+    if step.normalization not in NORMALIZATIONS:
+        raise ValueError(
+            f"normalization must be one of {', '.join(NORMALIZATIONS)}, got {step.normalization!r}"
+        )
+    if step.normalization != "none" and stream.dim() < 1:
+        raise ValueError("stream must have a dimension to normalise, got a scalar")
+    if step.fixed_point != (step.scale is not None and step.flag is not None):
+        raise ValueError(
+            "an int32 stream needs a scale and a flag, and no other stream has them, got "
+            f"{stream.dtype} {'without' if step.fixed_point else 'with'} them"
+        )
+    if not step.fixed_point and stream.dtype != step.dtype:
+        raise TypeError(
+            f"a floating-point stream must be of the dtype asked for, {step.dtype}, got {stream.dtype}"
+        )
+    if delta is not None and delta.shape != stream.shape:
+        raise ValueError(f"delta must be {tuple(stream.shape)} as the stream, got {tuple(delta.shape)}")
+
+
+def _allocate(step: Step) -> Results:
+    """The results, uninitialised; empty where the step does not compute them."""
+    stream, dtype = step.stream, step.dtype
+    normalizes = step.normalization != "none"
+    statistics = stream.shape[:-1] if normalizes else (0,)
+    return Results(
+        value=stream.new_empty(stream.shape if step.fixed_point else (0,), dtype=dtype),
+        normed=stream.new_empty(stream.shape if normalizes else (0,), dtype=dtype),
+        mean=stream.new_empty(statistics, dtype=torch.float32),
+        rstd=stream.new_empty(statistics, dtype=torch.float32),
+    )
+
+
+def _prepared(arguments: tuple[Any, ...]) -> tuple[Step, Results]:
+    step = Step(*arguments)
+    _check(step)
+    return step, _allocate(step)
+
+
+def _native(*arguments: Any) -> tuple[Tensor, ...]:
+    step, results = _prepared(arguments)
+    native.residual_step(step, results)
+    return tuple(results)
+
+
+def _triton(*arguments: Any) -> tuple[Tensor, ...]:
+    from reformer_kernels.ops.residual import triton  # here, as importing Triton takes a while
+
+    step, results = _prepared(arguments)
+    triton.residual_step(step, results)
+    return tuple(results)
+
+
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(_prepared(arguments)[1])
+
 
 _library = torch.library.Library("reformer_kernels", "FRAGMENT")
 for _name in ("native_residual_step", "triton_residual_step"):
     _library.define(
-        # stream: int32 with scale and flag, else of `dtype`. normalization: by rows of the last dimension.
-        # -> value (empty for floating-point streams), normed, mean and rstd (empty without normalization).
-        f"{_name}(Tensor(a!) stream, Tensor? delta, int sign, Tensor? scale, Tensor(b!)? flag, "
-        "ScalarType dtype, str normalization, Tensor? norm_weight, Tensor? norm_bias, float epsilon) "
-        "-> (Tensor, Tensor, Tensor, Tensor)",
+        f"{_name}({_ARGUMENTS}) -> (Tensor value, Tensor normed, Tensor mean, Tensor rstd)",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
-
-
-def _cpu(
-    stream: Tensor,
-    delta: Tensor | None,
-    sign: int,
-    scale: Tensor | None,
-    flag: Tensor | None,
-    dtype: torch.dtype,
-    normalization: str,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    epsilon: float,
-) -> tuple[Tensor, ...]:
-    check(stream, delta, sign, scale, flag, dtype, normalization)
-    value, normed, mean, rstd = results = allocate(stream, dtype, normalization)
-    native = _native.extension()
-    columns = stream.shape[-1] if stream.dim() else 1
-    floats = tuple(_native.DTYPES)
-
-    def address(tensor: Tensor | None, name: str, shape: Any, dtypes: tuple[torch.dtype, ...]) -> int:
-        return 0 if tensor is None else _native.pointer(tensor, name, shape=shape, dtypes=dtypes)
-
-    delta = None if delta is None else delta.contiguous()
-    norm_weight, norm_bias = (
-        None if t is None else t.to(torch.float32).contiguous() for t in (norm_weight, norm_bias)
-    )
-    fixed = stream.dtype == torch.int32
-    native.residual_step(
-        native.ResidualParams(
-            rows=stream.numel() // max(1, columns),
-            columns=columns,
-            fixed_point=fixed,
-            scale=1.0 if scale is None else scale.item(),
-            sign=sign,
-            dtype=_native.DTYPES[dtype],
-            delta_dtype=0 if delta is None else _native.DTYPES.get(delta.dtype, 0),
-            stream=address(stream, "stream", stream.shape, (torch.int32,) if fixed else floats),
-            delta=address(delta, "delta", stream.shape, floats),
-            value=address(value, "value", stream.shape, floats) if fixed else 0,
-            normalization=NORMALIZATIONS.index(normalization),
-            epsilon=epsilon,
-            norm_weight=address(norm_weight, "norm_weight", (columns,), (torch.float32,)),
-            norm_bias=address(norm_bias, "norm_bias", (columns,), (torch.float32,)),
-            normed=0 if normalization == "none" else normed.data_ptr(),
-            mean=0 if normalization == "none" else mean.data_ptr(),
-            rstd=0 if normalization == "none" else rstd.data_ptr(),
-            flag=address(flag, "flag", (1,), (torch.int32,)),
-            threads=_native.threads(),
-        )
-    )
-    return results
-
-
-def _fake(
-    stream: Tensor,
-    delta: Tensor | None,
-    sign: int,
-    scale: Tensor | None,
-    flag: Tensor | None,
-    dtype: torch.dtype,
-    normalization: str,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    epsilon: float,
-) -> tuple[Tensor, ...]:
-    check(stream, delta, sign, scale, flag, dtype, normalization)
-    return allocate(stream, dtype, normalization)
-
-
-def _triton(*arguments: Any) -> tuple[Tensor, ...]:
-    from reformer_kernels.ops.residual import (
-        triton as triton_kernels,  # here, as importing Triton takes a while
-    )
-
-    return triton_kernels.residual_step(*arguments)
-
-
-_library.impl("native_residual_step", _cpu, "CPU")
-for _device in ("CUDA", "CPU"):  # the CPU's is Triton's interpreter
-    _library.impl("triton_residual_step", _triton, _device)
-for _name in ("native_residual_step", "triton_residual_step"):
     torch.library.register_fake(f"reformer_kernels::{_name}", _fake, lib=_library)
+_library.impl("native_residual_step", _native, "CPU")
+_library.impl("triton_residual_step", _triton, "CUDA")
+_library.impl("triton_residual_step", _triton, "CPU")  # in Triton's interpreter

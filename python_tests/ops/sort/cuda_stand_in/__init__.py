@@ -1,4 +1,4 @@
-"""Builds csrc/cuda/bucket_sort.cu and altered copies of it for the host, and runs them; see primitives.h."""
+"""Builds csrc/cuda/bucket_sort.cu and altered copies of it for the host and runs them: see primitives.h."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ CSRC = HERE.parents[3] / "csrc"
 SOURCE = CSRC / "cuda" / "bucket_sort.cu"
 SCHEDULES = ("in order", "reversed", "shuffled")
 TSAN_RACE = 66
-"""What a program exits with once the thread sanitizer has seen a race."""
+"""The exit code of a program in which the thread sanitizer has seen a race."""
 
 
 def altered(source: str, *changes: tuple[str, str]) -> str:
-    """`source` with each `old` replaced by its `new`; each must be there, once."""
+    """`source` with each `old` replaced by its `new`; each must occur exactly once."""
     for old, new in changes:
         assert source.count(old) == 1, f"{source.count(old)} times in the kernel: {old}"
         source = source.replace(old, new)
@@ -31,13 +31,13 @@ def altered(source: str, *changes: tuple[str, str]) -> str:
 
 
 def without(source: str, text: str, number: int) -> str:
-    """`source` without its occurrence `number` of `text`."""
+    """`source` without occurrence number `number` of `text`, counted from 0."""
     parts = source.split(text)
     return text.join(parts[: number + 1]) + text.join(parts[number + 1 :])
 
 
 class Cases(NamedTuple):
-    """Problems in a file, and what the reference says to them."""
+    """Problems in a file, and the results of the reference."""
 
     path: Path
     expected: bytes
@@ -89,7 +89,7 @@ class StandIn:
         assert result.returncode == 0, result.stderr[-6000:]
 
     def fault(self, name: str, schedule: str, cases: Cases, timeout: float = 300) -> str | None:
-        """What is wrong with the results of a variant under a schedule; None where all is well."""
+        """What is wrong with the results of a variant under a schedule, or None if they are right."""
         output = self.folder / "output"
         command = [str(self.program), str(self.names.index(name)), str(SCHEDULES.index(schedule)), "1"]
         try:

@@ -1,4 +1,4 @@
-// The threads of a block as fibers: who runs when is the schedule's choice.
+// The threads of a block as fibers; the schedule decides which one runs when.
 #pragma once
 
 #include <ucontext.h>
@@ -19,7 +19,7 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   Operation waits_for = Operation::kNone;
-  unsigned value = 0;  // brought to a warp operation, then taken away
+  unsigned value = 0;  // what it passes to a warp operation, then the result
   int distance = 0;
   unsigned index = 0;
 };
@@ -31,7 +31,7 @@ inline size_t scheduler_stack_bytes = 0;
 inline void (*call_kernel)(void*) = nullptr;
 inline void* kernel = nullptr;
 
-// The address sanitizer is told of each change of stacks.
+// The address sanitizer must hear of each change of stacks, before (leave_to) and after it (arrived).
 inline void leave_to([[maybe_unused]] void** keep, [[maybe_unused]] const void* stack,
                      [[maybe_unused]] size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -79,7 +79,7 @@ inline unsigned exchange(Operation operation, unsigned value, int distance) {
   return fiber.value;
 }
 
-// Runs a warp up to its next operation. False where it waits at a barrier of the block, or is done.
+// Runs a warp up to its next operation. False if it waits at a barrier of the block or is done.
 inline bool step_warp(Fiber* lanes) {
   int order[kLanes];
   order_by_schedule(order, kLanes);
@@ -100,7 +100,7 @@ inline bool step_warp(Fiber* lanes) {
   return true;
 }
 
-// Apart from its callers: the compiler takes getcontext for a function that may return twice.
+// Not inlined, because the compiler takes getcontext for a function that may return twice.
 [[gnu::noinline]] inline void prepare(Fiber& fiber, int thread) {
   fiber.waits_for = Operation::kNone;
   fiber.index = static_cast<unsigned>(thread);
@@ -115,7 +115,7 @@ inline void run_block(int threads) {
   const int warps = threads / kLanes;
   for (int thread = 0; thread < threads; ++thread) prepare(fibers[static_cast<size_t>(thread)], thread);
   for (bool done = false; !done;) {
-    // In order, a warp runs up to the barrier of the block before the next one starts.
+    // A warp runs up to the barrier of the block before the next one starts, except when shuffled.
     int order[kMaxThreads / kLanes];
     order_by_schedule(order, warps);
     bool moving = true;
@@ -140,7 +140,7 @@ inline void run_block(int threads) {
   }
 }
 
-// Blocks go in the schedule's order too.
+// Runs all blocks, also in the schedule's order.
 template <typename Kernel>
 void run(int64_t blocks, int threads, Garbage& memory, Kernel body) {
   std::vector<int> order(static_cast<size_t>(blocks));

@@ -2,13 +2,13 @@
 //
 // stand_in VARIANT SCHEDULE SEED INPUT OUTPUT
 //   SCHEDULE  0 in order, 1 reversed, 2 shuffled (by SEED)
-//   INPUT     cases: int64 segments, L, n_buckets, starts_size, then the int32 ids
-//   OUTPUT    for each case the int32 order and starts
+//   INPUT     for each case: int64 segments, L, n_buckets, starts_size, then the int32 ids
+//   OUTPUT    for each case: the int32 order and starts
 #include <vector>
 
 #include "cuda/primitives.h"
 #include "kernels.h"
-// Written by the test: the variants, each in a namespace of its own, and kVariants.
+// Written by the test: the variants, each in a namespace of its own, and the table kVariants.
 #include "variants.h"
 
 int main(int count, char** arguments) {

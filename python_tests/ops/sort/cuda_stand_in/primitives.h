@@ -1,13 +1,13 @@
-// CUDA on the host, for tests: takes the place of csrc/cuda/primitives.h and of the names that nvcc knows.
+// CUDA on the host, for tests: it takes the place of csrc/cuda/primitives.h and of the names that nvcc knows.
 //
 // Blocks run one after another. With STAND_IN_THREADS, the threads of a block are threads of the operating
-// system, for the thread sanitizer. Otherwise they are fibers, and a schedule says who goes first between two
-// barriers: the first thread, the last, or one drawn at random. A kernel whose threads depend on each other
-// without a barrier between them computes something else under one of the schedules.
+// system, for the thread sanitizer. Otherwise they are fibers, and a schedule decides which thread runs first
+// between two barriers: the first, the last, or one drawn at random. If the threads of a kernel depend on
+// each other without a barrier between them, one of the schedules gives another result.
 //
-// Stricter than a GPU: warp operations name all lanes and all of them arrive; a barrier that some threads of
-// the block do not reach ends the program. Shared memory is as long as the launch asked for and starts out
-// as garbage.
+// It is stricter than a GPU. Warp operations must name all lanes, and all of them must arrive. A barrier that
+// some threads of the block do not reach ends the program. Shared memory has exactly the size that the launch
+// asked for, and starts out as garbage.
 #pragma once
 
 #include <cstdint>
@@ -43,14 +43,14 @@ inline std::minstd_rand random_numbers;
   std::_Exit(2);
 }
 
-// The numbers 0..count-1 as the schedule orders them.
+// Writes the numbers 0..count-1 in the schedule's order.
 inline void order_by_schedule(int* order, int count) {
   for (int i = 0; i < count; ++i) order[i] = schedule == Schedule::kReversed ? count - 1 - i : i;
   if (schedule == Schedule::kShuffled)
     for (int i = count - 1; i > 0; --i) std::swap(order[i], order[random_numbers() % (i + 1)]);
 }
 
-// Allocated to the byte, so that the address sanitizer sees each access beyond.
+// Exactly `bytes` bytes, filled with garbage. The address sanitizer sees each access beyond the end.
 class Garbage {
  public:
   explicit Garbage(size_t bytes) : bytes_(bytes), data_(std::malloc(bytes)) { refill(); }
@@ -67,7 +67,7 @@ class Garbage {
 inline void* shared = nullptr;
 
 enum class Operation { kNone, kBlockBarrier, kWarpBarrier, kMatch, kShuffle, kDone };
-// What the lanes brought to a warp operation, to what a lane takes away.
+// The result of a warp operation for one lane, from the values that all lanes passed.
 inline unsigned result_of(Operation operation, const unsigned* values, int lane, int distance) {
   if (operation == Operation::kShuffle) return values[lane >= distance ? lane - distance : lane];
   unsigned peers = 0;
@@ -110,13 +110,13 @@ Element* shared_memory() {
 }
 
 template <typename Type>
-struct Given {
+struct NotDeduced {
   using type = Type;
 };
 
 template <typename... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, void*,
-                   typename Given<Parameters>::type... arguments) {
+                   typename NotDeduced<Parameters>::type... arguments) {
   if (blocks < 1 || blocks > 2147483647) stand_in::fail("a launch of too few or too many blocks");
   if (threads % stand_in::kLanes || threads > stand_in::kMaxThreads) stand_in::fail("threads of a block");
   if (shared_bytes > 99 << 10) stand_in::fail("more shared memory than each GPU has");

@@ -1,7 +1,7 @@
 // The threads of a block as threads of the operating system, for the thread sanitizer.
 //
-// Barriers order memory, and nothing else does: matching and shuffling are relaxed atomics, because CUDA
-// does not promise that they order the lanes' other accesses.
+// Only barriers order memory. Matching and shuffling are relaxed atomics, because CUDA does not promise that
+// they order the other accesses of the lanes.
 #pragma once
 
 #include <sched.h>
@@ -40,7 +40,7 @@ class Barrier {
 inline Barrier block;
 inline void block_barrier() { block.wait(); }
 
-// What each lane brings to its warp's round of even and of odd number, with the number.
+// What each lane passes to its warp's operations, with the number of the operation; even and odd ones apart.
 inline std::atomic<uint64_t> slots[kMaxThreads / kLanes][2][kLanes];
 inline thread_local uint32_t warp_round = 0;
 
@@ -49,9 +49,9 @@ inline void meet(std::memory_order store, std::memory_order load, unsigned value
   auto& lanes = slots[threadIdx.x / kLanes][round % 2];
   lanes[threadIdx.x % kLanes].store(round << 32 | value, store);
   for (int lane = 0; lane < kLanes; ++lane) {
-    uint64_t found;
-    while ((found = lanes[lane].load(load)) >> 32 != round) sched_yield();
-    if (values) values[lane] = static_cast<unsigned>(found);
+    uint64_t numbered;
+    while ((numbered = lanes[lane].load(load)) >> 32 != round) sched_yield();
+    if (values) values[lane] = static_cast<unsigned>(numbered);
   }
 }
 

@@ -1,39 +1,42 @@
-"""Attention over sorted orders, forward, in Triton: out_i = sum_j p_ij v_j, p_i = softmax over all rounds."""
+"""Attention over sorted orders, forward, in Triton: out_i = sum_j p_ij v_j, where p_i is one softmax over all
+rounds."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from reformer_kernels.gpu.launching import dot
-from reformer_kernels.ops.attention.triton.common import (
-    COMPARE_BUCKETS,
-    LN2,
-    LOG2E,
-    LOWEST,
-    NEXT_TO_SELF_ONLY,
-    NO_BUCKETS,
-    SELF_ONLY,
-    aligned,
-    block_places,
-    bucket_bounds,
-    dropout_factors,
-    head_start,
-    load_positions,
-    load_rows,
-    product_of_rows,
-    ranges,
+from reformer_kernels.gpu.dot import LN2, LOG2E, dot
+from reformer_kernels.ops.attention.reference import EMPTY_LSE
+from reformer_kernels.ops.attention.triton.dropout import dropout_factors
+from reformer_kernels.ops.attention.triton.gather import aligned, head_start, load_rows, product_of_rows
+from reformer_kernels.ops.attention.triton.visibility import (
+    layout_of_head,
+    load_block,
+    load_tile,
     reach_of_tile,
+    tile_of_program,
     times_met,
+    unpadded_queries,
     visible_pairs,
 )
+
+LOWEST = tl.constexpr(-3.0e38)
+"""The least logit of a key that is seen. A key that is not seen has -inf, so that a row whose logits all
+overflowed does not pass for a row that sees nothing."""
+
+SELF_ONLY = tl.constexpr(EMPTY_LSE)
+"""The log-sum-exp of a query that may attend only to itself."""
+NEXT_TO_SELF_ONLY = tl.constexpr(-99999.9921875)
+"""The nearest float32, which stands in for a computed log-sum-exp that equals SELF_ONLY by chance."""
 
 FORWARD_INTEGERS = (
     *("q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row"),
     *("out_batch", "out_head", "out_row", "running_batch", "running_head", "running_row"),
     *("running_first", "first_head", "round_", "H", "L", "LK", "slots", "R", "S"),
-    *("before", "after", "chunk_length", "chunks", "turns", "threshold"),
+    *("before", "after", "chunk_length", "chunks", "wraps", "threshold"),
 )
+"""Arguments that the compiler must not specialize for their values, so that a new length compiles nothing."""
 
 
 @triton.jit(do_not_specialize=FORWARD_INTEGERS)
@@ -83,14 +86,14 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
     after,
     chunk_length,
     chunks,
-    turns,
+    wraps,
     threshold,
     scale,
     keep_scale,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     SEPARATE: tl.constexpr,
-    WINDOW: tl.constexpr,
+    RANK_WINDOW: tl.constexpr,
     RING: tl.constexpr,
     BUCKETS: tl.constexpr,
     UNIFORM: tl.constexpr,
@@ -110,87 +113,67 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
     N: tl.constexpr,
     DIMS: tl.constexpr,
 ):
-    """M queries of one head in one round, N keys at a time, merged into the sums of the rounds before.
+    """M queries of one head in one round, N keys at a time, merged into the results of the rounds before.
 
     `running` holds the rows' outputs over the rounds so far, in float32, and `lse` their log-sum-exps in
-    units of ln 2; the last round turns both into results.
+    units of ln 2. The last round turns both into results.
     """
-    program = tl.program_id(0)
-    tiles = tl.cdiv(L, M)
-    head = (program // tiles).to(tl.int64) + first_head
-    rank = (program % tiles) * M + tl.arange(0, M)
-    order += head * R * L
-    key_order += head * R * LK
-    starts += head * R * S
-    rank_buckets += head * R * L
-    codes += head * L * R
-    key_codes += head * LK * R
+    head, rank = tile_of_program(L, first_head, M)
+    order, key_order, starts, rank_buckets, codes, key_codes = layout_of_head(
+        head, order, key_order, starts, rank_buckets, codes, key_codes, L, LK, R, S
+    )
     inverse_norms += head * LK
     key_bias += (head // H) * LK
+    lse += head * L
     q_start = head_start(q, head, H, q_batch, q_head, ALIGN)
     k_start = head_start(k, head, H, k_batch, k_head, ALIGN)
     v_start = head_start(v, head, H, v_batch, v_head, ALIGN)
 
-    rounds = tl.zeros([M], tl.int32) + round_
-    position, there = load_positions(order, rounds, rank, rank < L, L)
-    live = there  # and no padding
-    if HAS_BIAS and not SEPARATE:
-        live = live & (tl.load(key_bias + position, there, other=0.0) > float("-inf"))
-    bucket_low, bucket_high, number = rank, rank, rank.to(tl.int64)
-    if SEPARATE:
-        low = tl.load(lows + (head * R + round_) * L + rank, there, other=0)
-        high = tl.load(highs + (head * R + round_) * L + rank, there, other=0)
-    else:
-        if BUCKETS != NO_BUCKETS:
-            bucket_low, bucket_high, number = bucket_bounds(starts, rank_buckets, rounds, rank, there, L, S)
-        low, high = ranges(
-            rank, bucket_low, bucket_high, before, after, L, slots, R, chunk_length, chunks, turns,
-            WINDOW, RING, BUCKETS,
-        )  # fmt: skip
-    lowest, highest = reach_of_tile(low, high, there)
-
+    rounds, position, valid, low, high, bucket_id = load_tile(
+        order, starts, rank_buckets, lows, highs, head, round_, rank, L,
+        L, before, after, slots, R, S, chunk_length, chunks, wraps, SEPARATE, RANK_WINDOW, RING, BUCKETS, M,
+    )  # fmt: skip
+    unpadded = unpadded_queries(key_bias, position, valid, HAS_BIAS, SEPARATE)
+    lowest, highest = reach_of_tile(low, high, valid)
     if PADDED <= DIMS:
-        queries = load_rows(q_start, position, q_row, live, 0, D, PADDED, ALIGN)
+        queries = load_rows(q_start, position, q_row, unpadded, 0, D, PADDED, ALIGN)
     largest = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     sums = tl.zeros([M, PADDED_V], tl.float32)
     for base in range(lowest & -4, highest, N):
-        first_key, key_rounds, key_ranks = block_places(base, round_, slots, R, turns, RING, N)
-        seen = (base + tl.arange(0, N) < highest) & (key_ranks < LK)
-        key_position, seen = load_positions(key_order, key_rounds, key_ranks, seen, LK)
-        key_number = key_ranks.to(tl.int64)
-        if BUCKETS == COMPARE_BUCKETS:
-            _, _, key_number = bucket_bounds(starts, rank_buckets, key_rounds, key_ranks, seen, L, S)
+        first_key, _, _, key_position, key_valid, key_bucket_id = load_block(
+            key_order, starts, rank_buckets, base, highest, round_, LK, slots, R, S, wraps, RING, BUCKETS, N
+        )
         if HAS_BIAS:
-            bias = tl.load(key_bias + key_position, seen, other=float("-inf"))
-            seen = seen & (bias > float("-inf"))
+            bias = tl.load(key_bias + key_position, key_valid, other=float("-inf"))
+            key_valid = key_valid & (bias > float("-inf"))
         if PADDED <= DIMS:
-            keys = load_rows(k_start, key_position, k_row, seen, 0, D, PADDED, ALIGN)
+            keys = load_rows(k_start, key_position, k_row, key_valid, 0, D, PADDED, ALIGN)
             logits = dot(queries, tl.trans(keys), PRECISION)
         else:
             logits = product_of_rows(
-                q_start, position, q_row, live, k_start, key_position, k_row, seen,
+                q_start, position, q_row, unpadded, k_start, key_position, k_row, key_valid,
                 D, PADDED, DIMS, ALIGN, PRECISION, M, N,
             )  # fmt: skip
         if NORM:
-            factor = tl.load(inverse_norms + key_position, seen, other=0.0) * (scale * LOG2E)
+            factor = tl.load(inverse_norms + key_position, key_valid, other=0.0) * (scale * LOG2E)
             logits = logits * factor[None, :]
         else:
             logits = logits * (scale * LOG2E)
         if HAS_BIAS:
-            logits += tl.where(seen, bias * LOG2E, 0.0)[None, :]
+            logits += tl.where(key_valid, bias * LOG2E, 0.0)[None, :]
         visible = visible_pairs(
-            base, lowest, highest, low, high, position, number, key_position, key_number, seen,
+            base, lowest, highest, low, high, position, bucket_id, key_position, key_bucket_id, key_valid,
             UNIFORM, CAUSAL, EXCLUDE_SELF, BUCKETS, False, M, N,
         )  # fmt: skip
         logits = tl.where(visible, tl.where(logits < LOWEST, LOWEST, logits), float("-inf"))
 
-        new = tl.maximum(largest, tl.max(logits, 1))
-        shift = tl.where(new == float("-inf"), 0.0, new)
+        new_largest = tl.maximum(largest, tl.max(logits, 1))
+        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
         p = tl.exp2(logits - shift[:, None])
         if DUPLICATES:
             p = p / times_met(
-                codes, key_codes, position, there, key_position, seen, before, after, chunks, turns, R,
+                codes, key_codes, position, valid, key_position, key_valid, before, after, chunks, wraps, R,
                 RING, BUCKETS, False, M, N,
             )  # fmt: skip
         rescale = tl.exp2(largest - shift)
@@ -199,41 +182,40 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
             p = p * dropout_factors(
                 seed, head, rounds, rank, first_key, R * slots, threshold, keep_scale, False, M, N
             )
-        values = load_rows(v_start, key_position, v_row, seen, 0, DV, PADDED_V, ALIGN)
+        values = load_rows(v_start, key_position, v_row, key_valid, 0, DV, PADDED_V, ALIGN)
         sums = sums * rescale[:, None] + dot(p.to(values.dtype), values, PRECISION)
-        largest = new
+        largest = new_largest
 
-    total = tl.where(largest == LOWEST, float("nan"), total)  # nothing is known of such a row
+    # A row whose logits all overflowed has no result.
+    total = tl.where(largest == LOWEST, float("nan"), total)
     lse2 = largest + tl.log2(total)
     sums = sums / tl.where(total == 0.0, 1.0, total)[:, None]
     d = tl.arange(0, PADDED_V)
-    stored = there[:, None] & (d < DV)[None, :]
-    place = position.to(tl.int64)
-    lse += head * L
-    at = place[:, None] * aligned(running_row, ALIGN) + d[None, :]
+    stored = valid[:, None] & (d < DV)[None, :]
+    row = position.to(tl.int64)[:, None]
     running = head_start(running, head - running_first, H, running_batch, running_head, ALIGN)
+    running_at = running + (row * aligned(running_row, ALIGN) + d[None, :])
     if not FIRST:
-        old = tl.load(lse + position, there, other=0.0)
+        old = tl.load(lse + position, valid, other=0.0)
         top = tl.maximum(old, lse2)
         top = tl.where(top == float("-inf"), 0.0, top)
         keep, add = tl.exp2(old - top), tl.exp2(lse2 - top)
         total = keep + add
-        old_sums = tl.load(running + at, stored, other=0.0)
+        old_sums = tl.load(running_at, stored, other=0.0)
         sums = (old_sums * keep[:, None] + sums * add[:, None]) / tl.where(total == 0.0, 1.0, total)[:, None]
         lse2 = top + tl.log2(total)
     if LAST:
-        empty = lse2 == float("-inf")
         result = lse2 * LN2
         result = tl.where(result == SELF_ONLY, NEXT_TO_SELF_ONLY, result)
         if EXCLUDE_SELF:
-            alone = empty & live
+            alone = (lse2 == float("-inf")) & unpadded
             result = tl.where(alone, SELF_ONLY, result)
             own = load_rows(v_start, position, v_row, alone, 0, DV, PADDED_V, ALIGN).to(tl.float32)
             sums = tl.where(alone[:, None], own, sums)
-        tl.store(lse + position, result, there)
+        tl.store(lse + position, result, valid)
         out = head_start(out, head, H, out_batch, out_head, ALIGN)
-        at = place[:, None] * aligned(out_row, ALIGN) + d[None, :]
-        tl.store(out + at, sums.to(out.dtype.element_ty), stored)
+        out_at = out + (row * aligned(out_row, ALIGN) + d[None, :])
+        tl.store(out_at, sums.to(out.dtype.element_ty), stored)
     else:
-        tl.store(lse + position, lse2, there)
-        tl.store(running + at, sums, stored)
+        tl.store(lse + position, lse2, valid)
+        tl.store(running_at, sums, stored)

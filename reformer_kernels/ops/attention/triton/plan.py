@@ -1,4 +1,4 @@
-"""How the Triton attention kernels are launched for a problem: what is known from shapes and rule alone."""
+"""What shapes and rule decide of an attention launch: arguments, constants, and groups of heads."""
 
 from __future__ import annotations
 
@@ -9,25 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reformer_kernels.config import AttentionRule
 from reformer_kernels.gpu.tiles import Tile, padded_head_dim
+from reformer_kernels.rule import AttentionRule
 
 NO_BUCKETS, INSIDE_BUCKET, COMPARE_BUCKETS = range(3)
-"""See triton_common."""
+"""How kernels keep a query inside its bucket: not at all; by cutting its range to the bucket; or by comparing
+the buckets of each pair, where the ring comes back to the query's own round."""
 
 MAX_RING = 2**30
-"""Ring places are counted in 32 bits."""
+"""The most slots of a ring, which kernels count in 32 bits."""
 
 L2_SHARE = 0.6
-"""How much of the last-level cache the rows of the heads worked on together may take."""
+"""The share of the last-level cache that the rows of heads in one launch may take."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The rule, resolved for (R, L, S): arguments and constants of every kernel.
+    """The rule, resolved for R rounds of L queries and LK keys with S bucket starts.
 
-    before, after: how far a query sees, in chunks, or in ranks for bucket windows. turns: how often a range
-    may go around the ring. jump: between the codes of neighbouring buckets.
+    Attributes:
+        slots: places of one round on the ring; see `visibility`.
+        before, after: how far a query sees, in chunks, or in ranks where `rank_window` is set.
+        chunk_length, chunks: the length of a chunk and the number of chunks in a round.
+        wraps: how often a range may go around the ring, at most.
+        jump: the distance between the codes of neighbouring buckets; see `tables`.
+        separate: keys are sorted apart from queries.
+        rank_window: a query sees a window of ranks, not of chunks.
+        ring: a query's range goes on into the rounds before and after.
+        buckets: NO_BUCKETS, INSIDE_BUCKET or COMPARE_BUCKETS.
     """
 
     L: int
@@ -39,25 +48,31 @@ class Plan:
     after: int
     chunk_length: int
     chunks: int
-    turns: int
+    wraps: int
     jump: int
     separate: bool
-    window: bool
+    rank_window: bool
     ring: bool
     buckets: int
     rule: AttentionRule
 
     def integers(self) -> dict[str, int]:
-        """Arguments of the tile kernels, which read the reach of cursors in codes only."""
-        names = ("L", "LK", "R", "S", "slots", "after", "chunk_length", "chunks", "turns")
+        """The sizes that the tile kernels take, by argument name.
+
+        Where keys are sorted apart, kernels use `before` to compare codes alone, and those reach one less.
+        """
+        names = ("L", "LK", "R", "S", "slots", "after", "chunk_length", "chunks", "wraps")
         return {name: getattr(self, name) for name in names} | {"before": self.before - self.separate}
 
     def constants(self, tile: Tile) -> dict[str, Any]:
+        """The constants of the rule and of `tile` that the tile kernels are compiled with."""
         rule = self.rule
-        uniform = not self.window and self.buckets != INSIDE_BUCKET and rule.chunk_length % tile.rows == 0
+        uniform = (
+            not self.rank_window and self.buckets != INSIDE_BUCKET and rule.chunk_length % tile.rows == 0
+        )
         return {
             "SEPARATE": self.separate,
-            "WINDOW": self.window,
+            "RANK_WINDOW": self.rank_window,
             "RING": self.ring,
             "BUCKETS": self.buckets,
             "UNIFORM": uniform,
@@ -70,17 +85,20 @@ class Plan:
 
     @property
     def meets_again(self) -> bool:
-        """Whether a pair may meet twice: in another round, or around the ring."""
+        """Whether a pair may meet more than once: in another round, or around the ring."""
         return self.R > 1 or self.ring
 
 
 def make_plan(rule: AttentionRule, R: int, L: int, LK: int, S: int, *, separate: bool = False) -> Plan:
-    """`separate`: LK keys are sorted apart from the queries."""
+    """Resolves `rule` for these sizes; `separate` says that keys are sorted apart from queries.
+
+    Raises ValueError where the kernels cannot count the slots or the codes in 32 bits.
+    """
     slots = -(-LK // 4) * 4
     if R * max(slots, L) > MAX_RING:
         raise ValueError(
-            f"the Triton kernels take rounds times length up to {MAX_RING}, "
-            f"got {R} rounds of {max(L, LK)} tokens"
+            f"the Triton kernels take up to {MAX_RING} rounds times tokens, got {R} rounds of "
+            f"{max(L, LK)} tokens; use fewer hash rounds or a shorter sequence"
         )
     chunks = -(-L // rule.chunk_length)
     neighbours = max(rule.chunks_before, rule.chunks_after)
@@ -94,12 +112,12 @@ def make_plan(rule: AttentionRule, R: int, L: int, LK: int, S: int, *, separate:
         before, after = rule.chunks_before, rule.chunks_after
     else:
         before, after = min(rule.chunks_before, chunks), min(rule.chunks_after, chunks)
-    turns = (before + after) // (R * chunks) + 2
-    jump = max(before, after) + 1 + ((turns + 1) * R * chunks if compare else 0)
+    wraps = (before + after) // (R * chunks) + 2
+    jump = max(before, after) + 1 + ((wraps + 1) * R * chunks if compare else 0)
     if rule.correct_duplicates and inside and S * jump + LK >= 2**32:
         raise ValueError(
-            f"{S - 1} buckets with a reach of {jump - 1} are more than the Triton kernels can count "
-            "duplicates in; use fewer buckets, a smaller window, or backend='reference'"
+            f"the Triton kernels cannot correct duplicates over {S - 1} buckets with a window of {jump - 1} "
+            "ranks or chunks; use fewer buckets, a smaller window, or backend='reference'"
         )
     return Plan(
         L=L,
@@ -111,10 +129,10 @@ def make_plan(rule: AttentionRule, R: int, L: int, LK: int, S: int, *, separate:
         after=after,
         chunk_length=min(rule.chunk_length, max(L, 1)),
         chunks=chunks,
-        turns=turns,
+        wraps=wraps,
         jump=signed(jump),
         separate=separate,
-        window=rule.rank_window,
+        rank_window=rule.rank_window,
         ring=ring,
         buckets=INSIDE_BUCKET if inside else COMPARE_BUCKETS if compare else NO_BUCKETS,
         rule=rule,
@@ -128,19 +146,24 @@ def signed(word: int) -> int:
 
 
 def head_dims(D: int, DV: int) -> dict[str, int]:
+    """The head dimensions of queries and values, and what kernels pad them to, by constant name."""
     return {"D": D, "DV": DV, "PADDED": padded_head_dim(D), "PADDED_V": padded_head_dim(DV)}
 
 
 def precision(dtype: torch.dtype) -> str:
+    """The precision of products of float32 numbers: "tf32" where torch allows it for its own, else "ieee"."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None
     return "tf32" if tf32 else "ieee"
 
 
 def heads_together(device: torch.device, heads: int, tiles: int, bytes_a_head: int) -> int:
-    """How many heads a launch takes: as many as stay in the last-level cache from round to round, and enough
-    to fill the device."""
+    """How many of `heads` heads a launch takes.
+
+    It is as many as stay in the last-level cache from round to round (`bytes_a_head` each), and enough to
+    fill the device, which a head keeps busy with `tiles` programs.
+    """
     if device.type != "cuda":
-        return max(1, heads // 2)  # interpreted: so that groups are tested
+        return max(1, heads // 2)  # so that tests in the interpreter have groups
     cache, processors = _cache_and_processors(device)
     fitting = int(L2_SHARE * cache) // max(1, bytes_a_head)
     filling = -(-4 * processors // tiles)
@@ -154,7 +177,7 @@ def _cache_and_processors(device: torch.device) -> tuple[int, int]:
 
 
 def device_seed(seed: Tensor, device: torch.device) -> Tensor:
-    """A seed on the CPU becomes a fill on the device, which waits for nothing."""
+    """`seed` on the device. A seed on the CPU gets there as the value of a fill, which waits for nothing."""
     if seed.device == device:
         return seed
     return torch.full((1,), int(seed), dtype=torch.int64, device=device)

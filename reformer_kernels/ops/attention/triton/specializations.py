@@ -1,4 +1,4 @@
-"""Every Triton kernel of attention as its launcher would compile it: see `ops.specialization`."""
+"""Every Triton kernel of attention, described as its launcher compiles it: see `gpu.specializations`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
 
-from reformer_kernels.gpu.specialization import TRITON_TYPES, Specialization
-from reformer_kernels.gpu.tiles import Tile, tile
+from reformer_kernels.gpu.specializations import TRITON_TYPES, Specialization
+from reformer_kernels.gpu.tiles import Tile, padded_head_dim, tile
 from reformer_kernels.ops.attention.triton.backward import (
     BACKWARD_INTEGERS,
     attention_backward_keys_kernel,
@@ -18,14 +17,16 @@ from reformer_kernels.ops.attention.triton.backward import (
 from reformer_kernels.ops.attention.triton.forward import FORWARD_INTEGERS, attention_forward_kernel
 from reformer_kernels.ops.attention.triton.launch import TABLE_BLOCK, rows_a_program
 from reformer_kernels.ops.attention.triton.plan import INSIDE_BUCKET, NO_BUCKETS, head_dims, precision
-from reformer_kernels.ops.attention.triton.tables import (
-    CURSOR_INTEGERS,
+from reformer_kernels.ops.attention.triton.rowwise import (
     FINISH_INTEGERS,
     ROW_INTEGERS,
-    TABLE_INTEGERS,
-    attention_cursors_kernel,
     attention_finish_kernel,
     attention_rows_kernel,
+)
+from reformer_kernels.ops.attention.triton.tables import (
+    CURSOR_INTEGERS,
+    TABLE_INTEGERS,
+    attention_cursors_kernel,
     attention_tables_kernel,
 )
 
@@ -34,11 +35,21 @@ TILED = {
     "attention_backward_queries": attention_backward_queries_kernel,
     "attention_backward_keys": attention_backward_keys_kernel,
 }
-"""The kernels that the table of tiles has rows for."""
+"""The kernels that have rows in the table of tiles."""
 
-_ROWS = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
-_FLOATS = ("lse", "delta", "inverse_norms", "key_bias", "running", "q_sums", "k_sums", "v_sums", "grad_lse")
-_INTS = (
+_ROW_TENSORS = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
+_FLOAT_TENSORS = (
+    "lse",
+    "delta",
+    "inverse_norms",
+    "key_bias",
+    "running",
+    "q_sums",
+    "k_sums",
+    "v_sums",
+    "grad_lse",
+)
+_INT_TENSORS = (
     *("order", "starts", "key_order", "key_starts", "rank_buckets", "codes", "key_codes"),
     *("lows", "highs", "cursors"),
 )
@@ -47,13 +58,16 @@ _INTS = (
 def specializations(
     *, architecture: str, dtype: torch.dtype, head_dim: int, options: str, tiles: Mapping[str, Tile]
 ) -> list[Specialization]:
-    """See `ops.specialization`. "off": one round of local attention with its own keys and no mask; "all": a
-    middle round of causal LSH attention inside buckets, duplicates corrected, with bias and dropout."""
+    """The kernels for tensors of `dtype` and `head_dim`: see `gpu.specializations`.
+
+    With options "off" they do one round of local attention with separate keys and no mask; with "all" a
+    middle round of causal LSH attention inside buckets that corrects duplicates, with key bias and dropout.
+    """
     everything = options == "all"
     pointers = {
-        **dict.fromkeys(_ROWS, "*" + TRITON_TYPES[dtype]),
-        **dict.fromkeys(_FLOATS, "*fp32"),
-        **dict.fromkeys(_INTS, "*i32"),
+        **dict.fromkeys(_ROW_TENSORS, "*" + TRITON_TYPES[dtype]),
+        **dict.fromkeys(_FLOAT_TENSORS, "*fp32"),
+        **dict.fromkeys(_INT_TENSORS, "*i32"),
         "seed": "*i64",
     }
     sizes = {**head_dims(head_dim, head_dim), "ALIGN": 16 // dtype.itemsize}
@@ -74,10 +88,10 @@ def specializations(
             options=options,
             divisible=tuple(name for name in names if name in pointers),
             multiplies=chosen is not None and (dtype != torch.float32 or values["PRECISION"] == "tf32"),
-            gathers=any(name in _ROWS for name in names),
+            gathers=any(name in _ROW_TENSORS for name in names),
         )
 
-    found = []
+    listed = []
     for name, kernel in TILED.items():
         chosen = tiles.get(name) or tile(
             name, architecture=architecture, bits=8 * dtype.itemsize, head_dim=head_dim
@@ -89,7 +103,7 @@ def specializations(
             integers = FORWARD_INTEGERS
         constants = {
             "SEPARATE": False,
-            "WINDOW": False,
+            "RANK_WINDOW": False,
             "RING": False,
             "BUCKETS": INSIDE_BUCKET if everything else NO_BUCKETS,
             "UNIFORM": not everything,
@@ -99,12 +113,12 @@ def specializations(
             "PRECISION": precision(dtype),
             "M": chosen.rows,
             "N": chosen.keys,
-            "DIMS": min(chosen.dims, triton.next_power_of_2(max(16, head_dim))),
+            "DIMS": min(chosen.dims, padded_head_dim(head_dim)),
         }
-        found.append(specialization(kernel, name, integers, chosen, **rounds, **constants, **flags, **sizes))
+        listed.append(specialization(kernel, name, integers, chosen, **rounds, **constants, **flags, **sizes))
     block = rows_a_program(head_dim)
-    tables = {"WINDOW": False, "BUCKETS": everything, "CODES": True, "BLOCK": TABLE_BLOCK}
-    found.append(specialization(attention_tables_kernel, "attention_tables", TABLE_INTEGERS, None, **tables))
+    tables = {"RANK_WINDOW": False, "BUCKETS": everything, "CODES": True, "BLOCK": TABLE_BLOCK}
+    listed.append(specialization(attention_tables_kernel, "attention_tables", TABLE_INTEGERS, None, **tables))
     for keys in (False, True):
         cursors = {
             "KEYS": keys,
@@ -114,9 +128,11 @@ def specializations(
             "BLOCK": TABLE_BLOCK,
         }
         name = f"attention_cursors_of_{'keys' if keys else 'queries'}"
-        found.append(specialization(attention_cursors_kernel, name, CURSOR_INTEGERS, None, **cursors))
+        listed.append(specialization(attention_cursors_kernel, name, CURSOR_INTEGERS, None, **cursors))
     rows = {"NORM": int(everything), "DELTA": True, "HAS_GRAD_LSE": everything, "BLOCK": block, **sizes}
-    found.append(specialization(attention_rows_kernel, "attention_rows", ROW_INTEGERS, None, **rows))
+    listed.append(specialization(attention_rows_kernel, "attention_rows", ROW_INTEGERS, None, **rows))
     finish = {"SEPARATE": False, "SHARED": everything, "BLOCK": block, **flags, **sizes}
-    found.append(specialization(attention_finish_kernel, "attention_finish", FINISH_INTEGERS, None, **finish))
-    return found
+    listed.append(
+        specialization(attention_finish_kernel, "attention_finish", FINISH_INTEGERS, None, **finish)
+    )
+    return listed

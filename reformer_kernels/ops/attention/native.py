@@ -1,0 +1,110 @@
+"""Attention over sorted orders in C++, on the CPU: see csrc/kernels.h."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reformer_kernels import _native
+from reformer_kernels.ops.attention.arguments import Arguments, contiguous_rows
+
+
+def forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """out (B, H, L, D_v) in q's dtype, and lse (B, H, L) in float32."""
+    native = _native.extension()
+    arguments.check()
+    arguments = arguments.with_contiguous_rows()
+    out, lse = arguments.empty_out(), arguments.empty_lse()
+    parameters = _parameters(arguments, out, lse)
+    workspace = _workspace(native.attention_forward_workspace_bytes(parameters))
+    parameters.workspace = _native.pointer(
+        workspace, "workspace", shape=workspace.shape, dtypes=(torch.uint8,)
+    )
+    native.attention_forward(parameters)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, arguments: Arguments
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v; k's is empty for shared query-keys."""
+    native = _native.extension()
+    arguments.check()
+    arguments = arguments.with_contiguous_rows()
+    grad_out = torch.zeros_like(out) if grad_out is None else contiguous_rows(grad_out)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    grad_q, grad_k, grad_v = arguments.empty_gradients()
+    parameters = _parameters(arguments, contiguous_rows(out), lse.contiguous())
+    q, k, v = arguments.q, arguments.k, arguments.v
+    dtypes = (q.dtype,)
+    gradients = native.AttentionGradients(
+        grad_out=_native.rows(grad_out, "grad_out", shape=out.shape, dtypes=dtypes),
+        grad_lse=0
+        if grad_lse is None
+        else _native.pointer(grad_lse, "grad_lse", shape=lse.shape, dtypes=(torch.float32,)),
+        grad_q=_native.rows(grad_q, "grad_q", shape=q.shape, dtypes=dtypes),
+        grad_k=native.Rows() if k is None else _native.rows(grad_k, "grad_k", shape=k.shape, dtypes=dtypes),
+        grad_v=_native.rows(grad_v, "grad_v", shape=v.shape, dtypes=dtypes),
+    )
+    workspace = _workspace(native.attention_backward_workspace_bytes(parameters))
+    parameters.workspace = _native.pointer(
+        workspace, "workspace", shape=workspace.shape, dtypes=(torch.uint8,)
+    )
+    native.attention_backward(parameters, gradients)
+    return grad_q, grad_k, grad_v
+
+
+def _parameters(arguments: Arguments, out: Tensor, lse: Tensor) -> Any:
+    """The kernels' parameter struct. The caller keeps every tensor alive while it is used."""
+    native = _native.extension()
+    expected = arguments.expected()
+    q, v = arguments.q, arguments.v
+    batch, heads, length, dim = q.shape
+    dtypes = (q.dtype,) if q.dtype in _native.DTYPES else tuple(_native.DTYPES)
+
+    def rows(name: str) -> Any:
+        x = getattr(arguments, name)
+        if x is None:
+            return native.Rows()
+        return _native.rows(x, name, shape=expected[name][0], dtypes=dtypes)
+
+    def pointer(name: str) -> int:
+        x = getattr(arguments, name)
+        if x is None:
+            return 0
+        shape, dtype = expected[name]
+        return _native.pointer(x, name, shape=shape, dtypes=(dtype,))
+
+    return native.AttentionParams(
+        B=batch,
+        H=heads,
+        L=length,
+        Lk=expected["v"][0][2],
+        D=dim,
+        Dv=v.size(-1),
+        R=arguments.order.size(2),
+        dtype=_native.DTYPES.get(q.dtype, -1),
+        q=rows("q"),
+        k=rows("k"),
+        v=rows("v"),
+        order=pointer("order"),
+        starts=pointer("bucket_starts"),
+        key_order=pointer("key_order"),
+        key_starts=pointer("key_bucket_starts"),
+        starts_size=arguments.bucket_starts.size(-1),
+        key_bias=pointer("key_bias"),
+        rule=native.AttentionRule(*arguments.rule),
+        scale=arguments.scale,
+        dropout_threshold=min(int(arguments.dropout_p * 2**32), 2**32 - 1),
+        keep_scale=1.0 / (1.0 - arguments.dropout_p),
+        seed=0 if arguments.seed is None else int(arguments.seed) & (2**64 - 1),
+        out=_native.rows(out, "out", shape=(batch, heads, length, v.size(-1)), dtypes=dtypes),
+        lse=_native.pointer(lse, "lse", shape=(batch, heads, length), dtypes=(torch.float32,)),
+        threads=_native.threads(),
+    )
+
+
+def _workspace(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)  # torch aligns CPU memory to 64 bytes
