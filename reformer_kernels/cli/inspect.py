@@ -16,7 +16,7 @@ from rich.table import Table
 from reformer_kernels._files import write_atomically
 from reformer_kernels._limits import MAX_HEAD_DIM
 from reformer_kernels.benchmarks import machine
-from reformer_kernels.benchmarks.problem import DTYPES
+from reformer_kernels.benchmarks.sizes import DTYPES
 from reformer_kernels.cli.arguments import (
     choices,
     integers,
