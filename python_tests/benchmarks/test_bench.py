@@ -12,10 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
-
-from reformer_kernels import functional
-from reformer_kernels.benchmarks import agreement, machine, peers, workloads
 from reformer_kernels.benchmarks.problem import (
     Problem,
     attention_work,
@@ -23,6 +19,10 @@ from reformer_kernels.benchmarks.problem import (
     hash_work,
     sort_work,
 )
+from typer.testing import CliRunner, Result
+
+from reformer_kernels import functional
+from reformer_kernels.benchmarks import agreement, machine, peers, workloads
 from reformer_kernels.cli import app
 
 SMALL = ["--seq-lens", "256", "--heads", "2", "--head-dim", "16", "--hashes", "2", "--budget", "0.02"]

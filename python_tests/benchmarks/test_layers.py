@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from reformer_kernels.benchmarks.allocations import peak_allocated
 from typer.testing import CliRunner
 
 from reformer_kernels.benchmarks import layers
-from reformer_kernels.benchmarks.allocations import peak_allocated
 from reformer_kernels.cli import app
 
 QUICK = {"budget": 0.0, "repeats": 1}

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from reformer_kernels.benchmarks.steps import Row
 from typer.testing import CliRunner
 
 from reformer_kernels.benchmarks import huggingface, models
 from reformer_kernels.benchmarks.peers import Peer
-from reformer_kernels.benchmarks.steps import Row
 from reformer_kernels.cli import app
 
 QUICK: dict[str, Any] = {"budget": 0.0, "repeats": 1}

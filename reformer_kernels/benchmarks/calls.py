@@ -120,7 +120,8 @@ def module_call(
 ) -> Call:
     """A call of a module, or a function that runs one, on hidden states x.
 
-    Its output is as wide as x, unless `out_width` says otherwise. With autocast, 16-bit dtypes run on float32 weights.
+    Its output is as wide as x, unless `out_width` says otherwise. With autocast, 16-bit dtypes run on float32
+    weights.
     """
     x = x.detach().requires_grad_()
     generator = torch.Generator().manual_seed(SEED)
@@ -139,8 +140,8 @@ def module_call(
         with context():
             y = function(x)
         start = mark(device)
-        # The peers know no other way than .backward(). The parameters' gradients add to those of earlier calls:
-        # if those were deleted, making them anew would count as this call's memory.
+        # The peers know no other way than .backward(). The parameters' gradients add to those of earlier
+        # calls: if those were deleted, making them anew would count as this call's memory.
         y.backward(grad_out.to(y.dtype))
         seconds = between(start, mark(device))
         assert x.grad is not None

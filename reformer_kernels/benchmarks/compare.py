@@ -29,7 +29,7 @@ FIGURES = {
 SAME_MACHINE = ("cpu", "gpu", "threads")
 
 SMALLEST_CHANGE = 0.02
-"""Changes of less than 2% are never reported: an idle machine's clock varies as much from minute to minute."""
+"""Smaller changes are never reported: the clock of an idle machine varies as much from minute to minute."""
 
 ENOUGH_SAMPLES = 3
 """With fewer samples on either side the spread says nothing about the noise."""

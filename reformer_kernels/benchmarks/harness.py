@@ -22,8 +22,8 @@ from reformer_kernels.benchmarks.timing import Timed, interleave
 GIB = 2**30
 
 PEER_BYTES_PER_PAIR = {False: 25, True: 45}
-"""Bytes that a Reformer peer was seen to hold for each query-key pair in float32, without and with the backward
-pass: it keeps several tensors of all pairs of all rounds. Used only to leave out what would not fit."""
+"""Bytes that a Reformer peer was seen to hold for each query-key pair in float32, without and with the
+backward pass: it keeps several tensors of all pairs of all rounds. It decides only what is left out."""
 
 SDPA_SHARE_OF_MATMUL = 0.5
 REFORMER_PEER_SHARE_OF_MATMUL = 0.02

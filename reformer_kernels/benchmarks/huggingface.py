@@ -73,8 +73,8 @@ def _layer(name: str, sizes: Sizes) -> Any:
 def check_attention(sizes: Sizes, calls: Calls) -> Iterator[Agreement]:
     """|ours - theirs| / |theirs| of the median token, on the same buckets.
 
-    Two hashes of one vector may differ where directions nearly tie, and tokens that see only themselves are up
-    to 0.4% off in transformers' own float32.
+    Two hashes of one vector may differ where directions nearly tie, and tokens that see only themselves are
+    up to 0.4% off in transformers' own float32.
     """
     x = hidden_states(sizes, sizes.width, sizes.torch_dtype)
     with torch.no_grad(), seeded(), quiet_transformers():

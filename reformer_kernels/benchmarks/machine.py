@@ -1,4 +1,4 @@
-"""The machine: its processor, the versions and the commit that run on it, and how fast it multiplies and copies."""
+"""The machine, the versions and the commit that run on it, and how fast it multiplies and copies."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def version_of(package: str) -> str | None:
 
 @cache
 def commit() -> str | None:
-    """The commit of the checkout that this package runs from, with "+" where files differ; None outside one."""
+    """The commit of the checkout that this package runs from, "+" added where files differ; None outside."""
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():  # a package installed inside some other project's checkout
         return None
@@ -102,7 +102,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Rates:
-    """The best rates that torch reaches on the machine, in the same run as the results they are set against."""
+    """The best rates that torch reaches on the machine, in the same run as the results beside them."""
 
     matmul_gflops: float
     copy_gbs: float
@@ -130,8 +130,8 @@ def _product_size(device: torch.device, dtype: torch.dtype) -> int:
 class RateMeter:
     """Times a square matrix product in `dtype`, and a copy too large for any cache.
 
-    Both run alternately with the benchmark's own calls, so that a share of the machine's rate compares what ran
-    in the same minutes.
+    Both run alternately with the benchmark's own calls, so that a share of the machine's rate compares what
+    ran in the same minutes.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:

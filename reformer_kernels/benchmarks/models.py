@@ -144,9 +144,13 @@ def build_multihead_attention(name: str, sizes: Sizes) -> Call:
         plain = nn.MultiheadAttention(sizes.width, sizes.heads, batch_first=True)
     module = plain
     if name != "nn.MultiheadAttention":
-        threshold = {"default": {}, "LSH": {"full_attention_threshold": 0}}[name]
-        config = _config(sizes)
-        module = MultiheadAttention(sizes.width, sizes.heads, batch_first=True, config=config, **threshold)
+        module = MultiheadAttention(
+            sizes.width,
+            sizes.heads,
+            batch_first=True,
+            config=_config(sizes),
+            full_attention_threshold={"default": None, "LSH": 0}[name],
+        )
         module.load_state_dict(plain.state_dict())
     dtype = weight_dtype(sizes)
     module.to(sizes.device, dtype)

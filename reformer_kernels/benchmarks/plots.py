@@ -102,7 +102,8 @@ def draw(documents: Sequence[Document], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with plt.rc_context(_style()):
+    style: Any = _style()
+    with plt.rc_context(style):
         height = 7.6 if with_memory else 4.6
         figure, axes = plt.subplots(
             2 if with_memory else 1,
@@ -121,11 +122,13 @@ def draw(documents: Sequence[Document], file: Path) -> None:
                 _draw_panel(panel, lines, styles, mark_crossings=axis == "length")
                 panel.set_title(PHASE_TITLES[phase])
                 if with_memory:
-                    _draw_panel(axes[1][column], list(_lines(chosen, axis, rows, "memory")), styles)
+                    _draw_panel(axes[1][column], list(_lines(chosen, axis, rows, "memory")), styles, base=4)
                 axes[-1][column].set_xlabel(AXIS_TITLES[axis])
-            axes[0][0].set_ylabel("time of one call (ms)")
+            axes[0][0].set_ylabel("time of one call")
+            axes[0][0].yaxis.set_major_formatter(lambda value, _: time_label(value))
             if with_memory:
-                axes[1][0].set_ylabel("peak working memory (MiB)")
+                axes[1][0].set_ylabel("peak working memory")
+                axes[1][0].yaxis.set_major_formatter(lambda value, _: memory_label(value))
             values = sorted({float(row[axis]) for row in rows})
             _label_values(axes[0][0], values)
             _finish(figure, axes[0][0], operations[0], rows, documents, axis, height)
@@ -160,12 +163,12 @@ def _lines(chosen: Sequence[Row], axis: str, rows: Sequence[Row], figure: str) -
         if row[axis] is None:
             continue
         if figure == "time":
-            y, low, high = (1e3 * row[key] for key in ("median", "p20", "p80"))
+            y, low, high = (row[key] for key in ("median", "p20", "p80"))
         elif row["working_memory_bytes"] is None:
             continue
         else:
             # Zero has no place on a logarithmic axis; less than a page is drawn as one.
-            y = low = high = max(row["working_memory_bytes"], 4096) / 2**20
+            y = low = high = max(row["working_memory_bytes"], 4096)
         line.x.append(float(row[axis]))
         line.y.append(y)
         line.low.append(low)
@@ -202,26 +205,32 @@ def _styles(rows: Sequence[Row], axis: str) -> dict[str, dict[str, Any]]:
 
 
 def _draw_panel(
-    panel: Any, lines: Sequence[Line], styles: dict[str, dict[str, Any]], *, mark_crossings: bool = False
+    panel: Any,
+    lines: Sequence[Line],
+    styles: dict[str, dict[str, Any]],
+    *,
+    base: int = 10,
+    mark_crossings: bool = False,
 ) -> None:
     for line in lines:
         style = styles[line.name]
         panel.plot(line.x, line.y, label=line.name, markersize=5, **style)
         panel.fill_between(line.x, line.low, line.high, color=style["color"], alpha=0.15, linewidth=0)
     panel.set_xscale("log", base=2)
-    panel.set_yscale("log")
+    panel.set_yscale("log", base=base)
     panel.grid(visible=True, which="major")
     if mark_crossings:
         _mark_crossings(panel, lines)
 
 
 def _mark_crossings(panel: Any, lines: Sequence[Line]) -> None:
-    """Circle the lengths from which ours is faster, once for each peer: of our lines, the last to cross."""
-    for peer in (line for line in lines if not line.is_ours):
-        points = [(*point, line) for line in lines if line.is_ours for point in crossings(line, peer)]
+    """Circle the lengths from which the fastest of ours is faster than each other line."""
+    fastest = fastest_of([line for line in lines if line.is_ours])
+    for other in (line for line in lines if not line.is_ours):
+        points = crossings(fastest, other)
         if not points:
             continue
-        x, y, _ = max(points, key=lambda point: point[0])
+        x, y = points[-1]
         panel.plot([x], [y], "o", markersize=11, markerfacecolor="none", markeredgecolor=INK, zorder=6)
         panel.annotate(
             f"{_rounded(x):,} tokens",
@@ -232,6 +241,16 @@ def _mark_crossings(panel: Any, lines: Sequence[Line]) -> None:
             color=INK,
             zorder=7,
         )
+
+
+def fastest_of(lines: Sequence[Line]) -> Line:
+    """The least of the lines at each x."""
+    least: dict[float, float] = {}
+    for line in lines:
+        for x, y in zip(line.x, line.y, strict=True):
+            least[x] = min(y, least.get(x, math.inf))
+    values = sorted(least.items())
+    return Line("the fastest of ours", True, [x for x, _ in values], [y for _, y in values])
 
 
 def crossings(line: Line, other: Line) -> list[tuple[float, float]]:
@@ -274,6 +293,22 @@ def short_count(value: float) -> str:
     return f"{value:.0f}"
 
 
+def time_label(value: float) -> str:
+    """Seconds in the unit that suits them: 0.001 as "1 ms"."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if value >= 0.999 * size:
+            return f"{value / size:g} {unit}"
+    return f"{value / 1e-6:g} µs"
+
+
+def memory_label(value: float) -> str:
+    """Bytes in the unit that suits them: 1048576 as "1 MiB"."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if value >= size:
+            return f"{value / size:g} {unit}"
+    return f"{value / 2**10:g} KiB"
+
+
 def _finish(
     figure: Any,
     panel: Any,
@@ -297,9 +332,11 @@ def _finish(
     top, inch = 1.0, 1 / height
     figure.text(0.02, top - 0.12 * inch, f"bench {operation}", fontsize=14, fontweight="bold", va="top")
     figure.text(0.02, top - 0.42 * inch, ", ".join(words), fontsize=9, color="#555555", va="top")
+    # Legends fill column after column; in this order the rows read from left to right.
+    order = [i for column in range(columns) for i in range(column, len(labels), columns)]
     figure.legend(
-        handles,
-        labels,
+        [handles[i] for i in order],
+        [labels[i] for i in order],
         loc="upper left",
         bbox_to_anchor=(0.01, top - 0.6 * inch),
         ncols=columns,
@@ -313,10 +350,11 @@ def _finish(
 
 def _footer(document: Document) -> str:
     facts = document["machine"]
+    processor, torch_version = facts.get("gpu", facts["cpu"]), document["versions"]["torch"]
     return (
-        f"{facts.get('gpu', facts['cpu'])}, {facts['threads']} threads · torch "
-        f"{document['versions']['torch']} · commit {document['commit']} · {document.get('started', '')[:10]} · "
-        "medians; bands: 20th to 80th percentile; circles: from here ours is faster"
+        f"{processor}, {facts['threads']} threads · torch {torch_version} · commit {document['commit']} · "
+        f"{document.get('started', '')[:10]} · "
+        "medians; bands: 20th to 80th percentile; circles: from here our fastest call is faster"
     )
 
 

@@ -47,8 +47,9 @@ TITLES = {
 
 def describe_machine(document: Document) -> str:
     facts, rates, row = document["machine"], document["rates"], document["rows"][0]
+    processor, torch_version = facts.get("gpu", facts["cpu"]), document["versions"]["torch"]
     return (
-        f"{facts.get('gpu', facts['cpu'])}, {facts['threads']} threads, torch {document['versions']['torch']}, "
+        f"{processor}, {facts['threads']} threads, torch {torch_version}, "
         f"commit {document['commit']}; {row['dtype']} matmul {number(rates['matmul_gflops'])} GFLOP/s, "
         f"copy {number(rates['copy_gbs'])} GB/s"
     )
@@ -158,7 +159,7 @@ def _cell(key: str, row: Row) -> str:
     if key == "rounds":
         return "" if row["n_hashes"] is None else str(row["n_hashes"])
     if key == "phase":
-        return PHASES.get(row["phase"], row["phase"])
+        return PHASES.get(str(row["phase"]), str(row["phase"]))
     if key == "median":
         return seconds(row["median"])
     if key == "spread":
@@ -171,9 +172,10 @@ def _cell(key: str, row: Row) -> str:
         return "" if row[key] is None else f"{100 * row[key]:.0f} %"
     group, _, name = key.rpartition("ratio ")
     if name != key:
-        value = row["memory_ratios" if group else "ratios"].get(name)
+        value: float | None = row["memory_ratios" if group else "ratios"].get(name)
         return "" if value is None else f"{number(value)}x"
-    return number(row[key])
+    rate: float | None = row[key]
+    return number(rate)
 
 
 def _notes(document: Document) -> list[str]:

@@ -18,7 +18,7 @@ Seconds = float | Callable[[], float]
 """A time in seconds, or a function that waits for the device and returns it."""
 
 SHORTEST_SAMPLE = 0.004
-"""Seconds. Calls shorter than this are repeated within a sample, so that the clock's resolution is no issue."""
+"""Seconds. Calls shorter than this are repeated within a sample, so that the clock is fine enough."""
 
 QUICK_CALL = 0.1
 """Seconds. A call shorter than this is run once, untimed, before each sample, because the calls before it

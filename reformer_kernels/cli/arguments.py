@@ -1,4 +1,4 @@
-"""Checks of command-line arguments: each returns the value, or ends the command with a reason and exit code 2."""
+"""Checks of command-line arguments: each returns the value, or ends the command with the reason."""
 
 from __future__ import annotations
 

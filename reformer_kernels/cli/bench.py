@@ -29,7 +29,6 @@ from reformer_kernels.cli.bench_results import compare, plot
 DEFAULT = next(iter(OPERATIONS))
 TABLE_WIDTH = 100
 
-Text = str
 OPTIONS: dict[str, Any] = {
     "seq_lens": Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")],
     "batch": Annotated[int, typer.Option(help="Batch size.")],
@@ -98,7 +97,7 @@ bench = typer.Typer(
     cls=BenchGroup,
     help=f"Time the kernels on this machine, beside the peers. Without OPERATION: {DEFAULT}.\n\n"
     "Every figure is the median of n samples, taken alternately with the other calls. A ratio such as 25.0x "
-    "says how many times as long the other call takes. 'bench OPERATION --help' lists an operation's options.",
+    "says how many times as long the other call takes. 'bench OPERATION --help' lists what OPERATION takes.",
     subcommand_metavar="[OPERATION] [OPTIONS]",
     rich_markup_mode="markdown",
 )
