@@ -18,6 +18,7 @@ from reformer_kernels.benchmarks.registry import AXES
 from reformer_kernels.benchmarks.results import Document
 
 Row = dict[str, Any]
+Styles = dict[str, dict[str, Any]]
 
 SUFFIXES = (".png", ".svg")
 
@@ -52,7 +53,6 @@ SIZE_WORDS = {
     "length": "{} tokens",
     "dtype": "{}",
 }
-SETTINGS_ON_ONE_LINE = 7
 
 
 class PlotError(Exception):
@@ -176,14 +176,14 @@ def _lines(chosen: Sequence[Row], axis: str, rows: Sequence[Row], figure: str) -
     yield from (line for line in lines.values() if line.x)
 
 
-def _styles(rows: Sequence[Row], axis: str) -> dict[str, dict[str, Any]]:
+def _styles(rows: Sequence[Row], axis: str) -> Styles:
     """Colour, dashes and marker of each line, the same in all panels."""
     names: dict[str, bool] = {}
     for row in rows:
         names[_line_name(row, axis, rows)] = row["ours"]
     ours = [name for name, is_ours in names.items() if is_ours]
     others = [name for name, is_ours in names.items() if not is_ours]
-    result: dict[str, dict[str, Any]] = {}
+    result: Styles = {}
     for index, name in enumerate(ours):
         result[name] = {
             "color": OUR_COLOURS[index % len(OUR_COLOURS)],
@@ -207,7 +207,7 @@ def _styles(rows: Sequence[Row], axis: str) -> dict[str, dict[str, Any]]:
 def _draw_panel(
     panel: Any,
     lines: Sequence[Line],
-    styles: dict[str, dict[str, Any]],
+    styles: Styles,
     *,
     base: int = 10,
     mark_crossings: bool = False,
@@ -342,7 +342,8 @@ def _finish(
         ncols=columns,
         frameon=False,
     )
-    footers = list(dict.fromkeys(_footer(document) for document in documents))
+    footers = ["Medians; bands: 20th to 80th percentile; circles: from here our fastest call is faster"]
+    footers += dict.fromkeys(_footer(document) for document in documents)
     figure.text(0.02, 0.09 * inch, "\n".join(footers), fontsize=7.5, color="#777777", va="bottom")
     below = (0.3 + 0.14 * (len(footers) - 1)) * inch
     figure.tight_layout(rect=(0.005, below, 1, top - (0.68 + 0.21 * lines_of_legend) * inch))
@@ -353,8 +354,7 @@ def _footer(document: Document) -> str:
     processor, torch_version = facts.get("gpu", facts["cpu"]), document["versions"]["torch"]
     return (
         f"{processor}, {facts['threads']} threads · torch {torch_version} · commit {document['commit']} · "
-        f"{document.get('started', '')[:10]} · "
-        "medians; bands: 20th to 80th percentile; circles: from here our fastest call is faster"
+        f"{document.get('started', '')[:10]}"
     )
 
 
