@@ -124,7 +124,7 @@ def recall(
             data += model_heads(load_model(model), load_text(text, length).held_out[-length:])
     except (RecallError, TextError) as error:
         raise usage_error(str(error)) from error
-    rows = []
+    rows: list[Row] = []
     with torch.no_grad():
         for one in data:
             own = tuple(MASKS.values()) if one.rule is None else (one.rule.causal,)
