@@ -28,7 +28,7 @@ LAYERS, WIDTH, HEADS, LENGTH = 4, 256, 4, 2048
 
 
 def make_model(kind: LayerKind) -> ReformerLM:
-    """A model with separate queries and keys ("full"), or shared ones and one chunk for all tokens ("lsh")."""
+    """A model with separate queries and keys ("full"), or shared ones in one chunk of all tokens ("lsh")."""
     one_chunk = LSHConfig.paper(n_hashes=1, chunk_length=LENGTH, attend_across_buckets=True)
     return ReformerLM(
         ReformerConfig(

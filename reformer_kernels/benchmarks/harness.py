@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from reformer_kernels.benchmarks import machine, memory
-from reformer_kernels.benchmarks.calls import Call
+from reformer_kernels.benchmarks.calls import Call, seeded
 from reformer_kernels.benchmarks.memory_process import Request, measure_all
 from reformer_kernels.benchmarks.peers import FULL_ATTENTION, PeerRefusesError
 from reformer_kernels.benchmarks.registry import AXES, Operation
@@ -92,11 +93,12 @@ class Settings:
 
 
 def run(settings: Settings, say: Say = lambda text: None) -> Report:
-    """Measure everything; `say` is told what is under way."""
+    """Measure everything; `say` gets a line about what is under way.
+
+    Torch's global generator and its number of threads are the same after as before.
+    """
     device = torch.device(settings.sizes.device)
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)
-    try:
+    with _threads(settings.threads), seeded():
         say("measuring the machine's own rates")
         meter = machine.RateMeter(device, settings.sizes.torch_dtype)
         timed = meter.timed()
@@ -112,8 +114,16 @@ def run(settings: Settings, say: Say = lambda text: None) -> Report:
         if settings.measure_memory and operation.memory == "resident":
             _measure_resident(settings, report, say)
         return report
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
     finally:
-        torch.set_num_threads(threads_before)
+        torch.set_num_threads(before)
 
 
 def _run_table(

@@ -100,8 +100,8 @@ def _fitting_table(rows: Sequence[Row], console: Console, wide: bool) -> Table:
 def _optional_columns(rows: Sequence[Row], wide: bool) -> list[str]:
     """Columns beside call, pass and median, the least important first."""
     ratios = dict.fromkeys(name for row in rows for name in row["ratios"] if name != FASTER_REFORMER)
-    columns = [f"ratio {name}" for name in ratios if name not in REFORMER_PEERS]
-    columns += [f"ratio {name}" for name in ratios if name in REFORMER_PEERS]
+    columns = [f"ratio {name}" for name in ratios if name in REFORMER_PEERS]
+    columns += [f"ratio {name}" for name in ratios if name not in REFORMER_PEERS]
     if not wide:
         return ["memory", *columns]
     rates = ("gbs", "share_of_copy", "gflops", "share_of_matmul")
