@@ -174,6 +174,10 @@ def test_plots_of_other_axes_and_of_one_value(tmp_path: Path) -> None:
     plots.draw([document(sizes)], tmp_path / "two.svg")
     text = (tmp_path / "two.svg").read_text()
     assert "feed-forward size" in text and "chunked, gelu" in text and "512 tokens" in text
+    free = [row("nn.MultiheadAttention", 512, 1.0, operation="mha", ours=False, n_hashes=None)]
+    rounds = [row("LSH", 512, 1.0, operation="mha", n_hashes=n_hashes) for n_hashes in (1, 4)]
+    plots.draw([document(rounds + free)], tmp_path / "rounds.svg")
+    assert "hash rounds" in (tmp_path / "rounds.svg").read_text()
     without = [r | {"working_memory_bytes": None} for r in sizes]
     plots.draw([document(without)], tmp_path / "three.svg")
     assert "peak working memory" not in (tmp_path / "three.svg").read_text()
@@ -198,12 +202,12 @@ def test_plots_that_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_crossings_are_interpolated_on_logarithmic_axes() -> None:
     x = [512.0, 1024.0, 4096.0]
-    ours = Line("ours", True, x, [length * 1e-6 for length in x])
-    other = Line("other", False, x, [length**2 / 2048 * 1e-6 for length in x])
+    ours = Line("ours", True, x=x, y=[length * 1e-6 for length in x])
+    other = Line("other", False, x=x, y=[length**2 / 2048 * 1e-6 for length in x])
     ((length, seconds),) = plots.crossings(ours, other)
     assert (length, seconds) == pytest.approx((2048, 2048e-6))
     assert plots.crossings(other, ours) == []
-    slow = Line("slow", True, x, [1.0, 1.0, 1e-9])
+    slow = Line("slow", True, x=x, y=[1.0, 1.0, 1e-9])
     assert plots.fastest_of([ours, slow]).y == [*ours.y[:2], 1e-9]
 
 

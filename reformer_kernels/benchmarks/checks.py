@@ -56,16 +56,9 @@ class Agreement:
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     def __str__(self) -> str:
-        sizes, where = self.sizes, ""
-        if sizes is not None:
-            layers = f", {sizes.layers} layers" if sizes.layers else ""
-            variant = f", {sizes.variant}" if sizes.variant else ""
-            where = f" (L = {sizes.length}, {sizes.n_hashes} rounds{layers}{variant})"
         verdict = "agrees" if self.ok else "DISAGREES"
-        figures = (
-            f"{self.quantity} {self.value:.4g}, must be {'>=' if self.at_least else '<='} {self.limit:.4g}"
-        )
-        return f"{self.peer}{where}: {verdict}, {figures}"
+        sign = ">=" if self.at_least else "<="
+        return f"{verdict}, {self.quantity} {self.value:.4g}, must be {sign} {self.limit:.4g}"
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"ok": self.ok}

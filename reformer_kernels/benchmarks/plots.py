@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,9 @@ class Line:
 
     name: str
     is_ours: bool
+    call: str = ""
+    sizes: tuple[Any, ...] = ()
+    """What varies beside the horizontal axis and the number of hash rounds."""
     x: list[float] = field(default_factory=list)
     y: list[float] = field(default_factory=list)
     low: list[float] = field(default_factory=list)
@@ -114,22 +117,22 @@ def draw(documents: Sequence[Document], file: Path) -> None:
             sharey="row",
         )
         try:
-            styles = _styles(rows, axis)
+            styles = _styles(_lines(rows, axis, rows, "time"))
             for column, phase in enumerate(phases):
                 chosen = [row for row in rows if row["phase"] == phase]
-                lines = list(_lines(chosen, axis, rows, "time"))
                 panel = axes[0][column]
+                lines = _lines(chosen, axis, rows, "time")
                 _draw_panel(panel, lines, styles, mark_crossings=axis == "length")
                 panel.set_title(PHASE_TITLES[phase])
                 if with_memory:
-                    _draw_panel(axes[1][column], list(_lines(chosen, axis, rows, "memory")), styles, base=4)
+                    _draw_panel(axes[1][column], _lines(chosen, axis, rows, "memory"), styles)
                 axes[-1][column].set_xlabel(AXIS_TITLES[axis])
             axes[0][0].set_ylabel("time of one call")
-            axes[0][0].yaxis.set_major_formatter(lambda value, _: time_label(value))
+            _label_scale(axes[0][0], 10, time_label)
             if with_memory:
                 axes[1][0].set_ylabel("peak working memory")
-                axes[1][0].yaxis.set_major_formatter(lambda value, _: memory_label(value))
-            values = sorted({float(row[axis]) for row in rows})
+                _label_scale(axes[1][0], 2, memory_label)
+            values = sorted({float(row[axis]) for row in rows if row[axis] is not None})
             _label_values(axes[0][0], values)
             _finish(figure, axes[0][0], operations[0], rows, documents, axis, height)
             figure.savefig(file, dpi=160, facecolor=PAPER)
@@ -144,24 +147,22 @@ def _horizontal(rows: Sequence[Row]) -> str:
     return next(iter(varying), "length")
 
 
-def _line_name(row: Row, axis: str, rows: Sequence[Row]) -> str:
-    """The call's name, with every size that varies beside the horizontal axis."""
-    parts = [row["name"]]
-    for name in AXES.values():
-        if name == axis or row.get(name) in (None, ""):
-            continue
-        if len({other.get(name) for other in rows} - {None, ""}) > 1:
-            parts.append(SIZE_WORDS.get(name, "{}").format(row[name]))
-    return ", ".join(parts)
+def _varying(row: Row, axis: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """What varies between the rows beside the horizontal axis, with this row's values."""
+    names = [name for name in AXES.values() if name != axis and row.get(name) not in (None, "")]
+    return {name: row[name] for name in names if len({r.get(name) for r in rows} - {None, ""}) > 1}
 
 
-def _lines(chosen: Sequence[Row], axis: str, rows: Sequence[Row], figure: str) -> Iterator[Line]:
+def _lines(chosen: Sequence[Row], axis: str, rows: Sequence[Row], figure: str) -> list[Line]:
+    """The lines of a panel; figure is "time" or "memory"."""
     lines: dict[str, Line] = {}
+    values = sorted({float(row[axis]) for row in rows if row[axis] is not None})
     for row in sorted(chosen, key=lambda row: float(row[axis] or 0)):
-        name = _line_name(row, axis, rows)
-        line = lines.setdefault(name, Line(name, row["ours"]))
-        if row[axis] is None:
-            continue
+        varying = _varying(row, axis, rows)
+        words = [SIZE_WORDS.get(name, "{}").format(value) for name, value in varying.items()]
+        name = ", ".join([row["name"], *words])
+        sizes = tuple(value for key, value in varying.items() if key != "n_hashes")
+        line = lines.setdefault(name, Line(name, row["ours"], call=row["name"], sizes=sizes))
         if figure == "time":
             y, low, high = (row[key] for key in ("median", "p20", "p80"))
         elif row["working_memory_bytes"] is None:
@@ -169,38 +170,36 @@ def _lines(chosen: Sequence[Row], axis: str, rows: Sequence[Row], figure: str) -
         else:
             # Zero has no place on a logarithmic axis; less than a page is drawn as one.
             y = low = high = max(row["working_memory_bytes"], 4096)
-        line.x.append(float(row[axis]))
-        line.y.append(y)
-        line.low.append(low)
-        line.high.append(high)
-    yield from (line for line in lines.values() if line.x)
+        # A call without hash rounds is the same for any number of them.
+        for x in values if row[axis] is None else [float(row[axis])]:
+            line.x.append(x)
+            line.y.append(y)
+            line.low.append(low)
+            line.high.append(high)
+    return [line for line in lines.values() if line.x]
 
 
-def _styles(rows: Sequence[Row], axis: str) -> Styles:
-    """Colour, dashes and marker of each line, the same in all panels."""
-    names: dict[str, bool] = {}
-    for row in rows:
-        names[_line_name(row, axis, rows)] = row["ours"]
-    ours = [name for name, is_ours in names.items() if is_ours]
-    others = [name for name, is_ours in names.items() if not is_ours]
+def _styles(lines: Sequence[Line]) -> Styles:
+    """Colour, dashes and marker of each line, the same in all panels. Colour says the call, markers the sizes."""
+    ours = list(dict.fromkeys(line.call for line in lines if line.is_ours))
+    others = list(dict.fromkeys(line.call for line in lines if not line.is_ours))
+    seen: dict[str, int] = {}
     result: Styles = {}
-    for index, name in enumerate(ours):
-        result[name] = {
-            "color": OUR_COLOURS[index % len(OUR_COLOURS)],
-            "linestyle": "-" if index < len(OUR_COLOURS) else (0, (4, 1)),
-            "marker": MARKERS[index % len(MARKERS)],
-            "linewidth": 2.0,
-            "zorder": 4,
+    several = len(lines) > len(ours) + len(others)
+    for line in lines:
+        group = ours if line.is_ours else others
+        index = group.index(line.call)
+        nth = seen[line.call] = seen.get(line.call, -1) + 1
+        colours = OUR_COLOURS if line.is_ours else PEER_COLOURS
+        result[line.name] = {
+            "color": colours[index % len(colours)],
+            "linestyle": "-" if line.is_ours else PEER_STYLES[index % len(PEER_STYLES)],
+            "marker": MARKERS[(nth if several else index) % len(MARKERS)],
+            "linewidth": 2.0 if line.is_ours else 1.5,
+            "zorder": 4 if line.is_ours else 3,
         }
-    for index, name in enumerate(others):
-        result[name] = {
-            "color": PEER_COLOURS[index % len(PEER_COLOURS)],
-            "linestyle": PEER_STYLES[index % len(PEER_STYLES)],
-            "marker": MARKERS[index % len(MARKERS)],
-            "markerfacecolor": PAPER,
-            "linewidth": 1.5,
-            "zorder": 3,
-        }
+        if not line.is_ours:
+            result[line.name]["markerfacecolor"] = PAPER
     return result
 
 
@@ -209,7 +208,6 @@ def _draw_panel(
     lines: Sequence[Line],
     styles: Styles,
     *,
-    base: int = 10,
     mark_crossings: bool = False,
 ) -> None:
     for line in lines:
@@ -217,16 +215,16 @@ def _draw_panel(
         panel.plot(line.x, line.y, label=line.name, markersize=5, **style)
         panel.fill_between(line.x, line.low, line.high, color=style["color"], alpha=0.15, linewidth=0)
     panel.set_xscale("log", base=2)
-    panel.set_yscale("log", base=base)
+    panel.set_yscale("log")
     panel.grid(visible=True, which="major")
     if mark_crossings:
         _mark_crossings(panel, lines)
 
 
 def _mark_crossings(panel: Any, lines: Sequence[Line]) -> None:
-    """Circle the lengths from which the fastest of ours is faster than each other line."""
-    fastest = fastest_of([line for line in lines if line.is_ours])
+    """Circle the lengths from which the fastest of ours is faster than another line of the same sizes."""
     for other in (line for line in lines if not line.is_ours):
+        fastest = fastest_of([line for line in lines if line.is_ours and line.sizes == other.sizes])
         points = crossings(fastest, other)
         if not points:
             continue
@@ -250,7 +248,7 @@ def fastest_of(lines: Sequence[Line]) -> Line:
         for x, y in zip(line.x, line.y, strict=True):
             least[x] = min(y, least.get(x, math.inf))
     values = sorted(least.items())
-    return Line("the fastest of ours", True, [x for x, _ in values], [y for _, y in values])
+    return Line("the fastest of ours", True, x=[x for x, _ in values], y=[y for _, y in values])
 
 
 def crossings(line: Line, other: Line) -> list[tuple[float, float]]:
@@ -283,6 +281,22 @@ def _label_values(panel: Any, values: Sequence[float]) -> None:
     panel.xaxis.set_minor_formatter(NullFormatter())
     if len(values) == 1:
         panel.set_xlim(values[0] / 2, values[0] * 2)
+
+
+def _label_scale(panel: Any, base: int, label: Callable[[float], str]) -> None:
+    """Ticks at round values, a handful of them whatever the range."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = panel.get_ylim()
+    powers = math.log(high / low, base)
+    if base == 10:
+        locator = LogLocator(10, subs=(1.0, 2.0, 5.0) if powers < 1.7 else (1.0,))
+    else:
+        # Powers of 2, 4, 8 or more, so that at most about eight are shown.
+        locator = LogLocator(2 ** max(1, math.ceil(powers / 8)))
+    panel.yaxis.set_major_locator(locator)
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
+    panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def short_count(value: float) -> str:

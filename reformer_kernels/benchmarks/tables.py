@@ -19,7 +19,6 @@ PHASES = {"forward": "fwd", "backward": "bwd", "forward+backward": "fwd+bwd", "t
 SHORT_NAMES = {
     "torch SDPA": "SDPA",
     "Hugging Face": "HF",
-    "reformer_pytorch": "ref_pyt",
     "torch.sort(stable)": "torch.sort",
     "nn.MultiheadAttention": "nn.MHA",
     "nn.TransformerEncoder": "nn.Encoder",
@@ -50,7 +49,7 @@ def describe_machine(document: Document) -> str:
     processor, torch_version = facts.get("gpu", facts["cpu"]), document["versions"]["torch"]
     return (
         f"{processor}, {facts['threads']} threads, torch {torch_version}, "
-        f"commit {document['commit']}; {row['dtype']} matmul {number(rates['matmul_gflops'])} GFLOP/s, "
+        f"commit {document['commit']}\n{row['dtype']} matmul {number(rates['matmul_gflops'])} GFLOP/s, "
         f"copy {number(rates['copy_gbs'])} GB/s"
     )
 
@@ -62,7 +61,7 @@ def print_results(document: Document, console: Console, *, wide: bool = False) -
         console.print()
         console.print(_title(document["operation"], rows), style="bold", highlight=False)
         console.print(_fitting_table(rows, console, wide))
-    for line in _notes(document):
+    for line in _notes(document, wide):
         console.print(line, highlight=False)
 
 
@@ -77,14 +76,22 @@ def split_tables(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def _title(operation: str, rows: Sequence[Row]) -> str:
-    parts = []
-    for name, words in TITLES.items():
-        values = dict.fromkeys(row[name] for row in rows if row.get(name) not in (None, ""))
-        if len(values) == 1 and (name != "device" or "cpu" not in values):
-            parts.append(words.format(next(iter(values))))
-    if "causal" in rows[0]:
-        parts.append("causal" if rows[0]["causal"] else "not causal")
-    return f"{operation}: {', '.join(parts)}"
+    values = {
+        name: {row.get(name) for row in rows if row.get(name) is not None} for name in (*TITLES, "causal")
+    }
+    return f"{operation}: {_describe({name: v.pop() for name, v in values.items() if len(v) == 1})}"
+
+
+def _describe(sizes: dict[str, Any]) -> str:
+    """Sizes in words, such as "L = 1024, 8 heads, float32, causal"."""
+    parts = [
+        words.format(sizes[name])
+        for name, words in TITLES.items()
+        if sizes.get(name) not in (None, "") and (name, sizes[name]) != ("device", "cpu")
+    ]
+    if "causal" in sizes:
+        parts.append("causal" if sizes["causal"] else "not causal")
+    return ", ".join(parts)
 
 
 def _fitting_table(rows: Sequence[Row], console: Console, wide: bool) -> Table:
@@ -178,7 +185,24 @@ def _cell(key: str, row: Row) -> str:
     return number(rate)
 
 
-def _notes(document: Document) -> list[str]:
+def _checks(checks: Sequence[dict[str, Any]], wide: bool) -> list[str]:
+    """A line for each check that failed; the others with the same peer and quantity share one."""
+    lines = []
+    passed: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for check in checks:
+        if wide or not check["ok"]:
+            mark = "[green]ok[/]" if check["ok"] else "[bold red]FAILED[/]"
+            lines.append(f"{mark} {check['peer']} ({_describe(check['sizes'] or {})}): {check['text']}")
+        else:
+            passed.setdefault((check["peer"], check["quantity"]), []).append(check)
+    for (peer, _), group in passed.items():
+        worst = (min if group[0]["at_least"] else max)(group, key=lambda check: float(check["value"]))
+        times = f", the worst of {len(group)}" if len(group) > 1 else ""
+        lines.append(f"[green]ok[/] {peer}: {worst['text']}{times}")
+    return lines
+
+
+def _notes(document: Document, wide: bool) -> list[str]:
     operation = OPERATIONS.get(document["operation"])
     rows = document["rows"]
     on_gpu = str(rows[0].get("device", "cpu")).startswith("cuda")
@@ -195,9 +219,7 @@ def _notes(document: Document) -> list[str]:
             "trax() attends as Hugging Face does; paper() adds the bucket mask and the duplicate correction; "
             "window=bucket replaces chunks by the nearest keys in the bucket."
         )
-    for check in document["checks"]:
-        mark = "[green]ok[/] " if check["ok"] else "[bold red]FAILED[/] "
-        notes.append(mark + check["text"])
+    notes += _checks(document["checks"], wide)
     notes += [
         f"[yellow]Left out:[/] {left['name']} at L = {left['length']}: {left['reason']}."
         for left in document["left_out"]
