@@ -147,6 +147,12 @@ def _horizontal(rows: Sequence[Row]) -> str:
     return next(iter(varying), "length")
 
 
+def _words(name: str, value: Any) -> str:
+    """A size in words, such as "4 hash rounds"."""
+    text = SIZE_WORDS.get(name, "{}").format(value)
+    return text.removesuffix("s") if value == 1 else text
+
+
 def _varying(row: Row, axis: str, rows: Sequence[Row]) -> dict[str, Any]:
     """What varies between the rows beside the horizontal axis, with this row's values."""
     names = [name for name in AXES.values() if name != axis and row.get(name) not in (None, "")]
@@ -159,7 +165,7 @@ def _lines(chosen: Sequence[Row], axis: str, rows: Sequence[Row], figure: str) -
     values = sorted({float(row[axis]) for row in rows if row[axis] is not None})
     for row in sorted(chosen, key=lambda row: float(row[axis] or 0)):
         varying = _varying(row, axis, rows)
-        words = [SIZE_WORDS.get(name, "{}").format(value) for name, value in varying.items()]
+        words = [_words(name, value) for name, value in varying.items()]
         name = ", ".join([row["name"], *words])
         sizes = tuple(value for key, value in varying.items() if key != "n_hashes")
         line = lines.setdefault(name, Line(name, row["ours"], call=row["name"], sizes=sizes))
@@ -180,7 +186,7 @@ def _lines(chosen: Sequence[Row], axis: str, rows: Sequence[Row], figure: str) -
 
 
 def _styles(lines: Sequence[Line]) -> Styles:
-    """Colour, dashes and marker of each line, the same in all panels. Colour says the call, markers the sizes."""
+    """Style of each line, the same in all panels: colours tell calls apart, markers sizes."""
     ours = list(dict.fromkeys(line.call for line in lines if line.is_ours))
     others = list(dict.fromkeys(line.call for line in lines if not line.is_ours))
     seen: dict[str, int] = {}
@@ -229,11 +235,13 @@ def _mark_crossings(panel: Any, lines: Sequence[Line]) -> None:
         if not points:
             continue
         x, y = points[-1]
+        at_right = x > math.sqrt(other.x[0] * other.x[-1])
         panel.plot([x], [y], "o", markersize=11, markerfacecolor="none", markeredgecolor=INK, zorder=6)
         panel.annotate(
             f"{_rounded(x):,} tokens",
             (x, y),
-            xytext=(9, -14),
+            xytext=(-9 if at_right else 9, -14),
+            horizontalalignment="right" if at_right else "left",
             textcoords="offset points",
             fontsize=8,
             color=INK,
@@ -334,10 +342,10 @@ def _finish(
 ) -> None:
     """Title, legend and footer."""
     words = []
-    for name, text in SIZE_WORDS.items():
+    for name in SIZE_WORDS:
         values = {row[name] for row in rows if row.get(name) not in (None, "", 0)}
         if name != axis and len(values) == 1:
-            words.append(text.format(values.pop()))
+            words.append(_words(name, values.pop()))
     if rows[0].get("causal") is not None:
         words.append("causal" if rows[0]["causal"] else "not causal")
     handles, labels = panel.get_legend_handles_labels()

@@ -84,11 +84,12 @@ def _title(operation: str, rows: Sequence[Row]) -> str:
 
 def _describe(sizes: dict[str, Any]) -> str:
     """Sizes in words, such as "L = 1024, 8 heads, float32, causal"."""
-    parts = [
-        words.format(sizes[name])
-        for name, words in TITLES.items()
-        if sizes.get(name) not in (None, "") and (name, sizes[name]) != ("device", "cpu")
-    ]
+    parts = []
+    for name, words in TITLES.items():
+        value = sizes.get(name)
+        if value not in (None, "") and (name, value) != ("device", "cpu"):
+            text = words.format(value)
+            parts.append(text.removesuffix("s") if value == 1 else text)
     if "causal" in sizes:
         parts.append("causal" if sizes["causal"] else "not causal")
     return ", ".join(parts)
