@@ -220,6 +220,29 @@ def test_a_length_that_a_peer_refuses_is_said() -> None:
     assert "needs a length that is a multiple of the chunk length (64), got 100" in plain(result.output)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (
+            ["model", "--seq-lens", "100", "--layers", "1", "--width", "32"],
+            0,
+            "Left out: Hugging Face at L = 100: Hugging Face's model needs a length that is a multiple of",
+        ),
+        (
+            ["huggingface", "--seq-lens", "100"],
+            2,
+            "nothing could be timed: transformers' layer needs a length",
+        ),
+        (["huggingface-model", "--seq-lens", "100"], 2, "multiple of its chunk lengths (256), got 100"),
+    ],
+)
+def test_lengths_that_models_refuse(arguments: list[str], code: int, message: str) -> None:
+    pytest.importorskip("transformers")
+    result = invoke("bench", *arguments, "--budget", "0.01", "--repeats", "1", "--no-memory")
+    assert result.exit_code == code, result.output
+    assert message in plain(result.output)
+
+
 def test_a_peer_predicted_to_take_too_long_is_left_out() -> None:
     result = invoke("bench", "lsh", *QUICK, "--compare", "sdpa", "--max-seconds", "1e-9")
     assert result.exit_code == 0

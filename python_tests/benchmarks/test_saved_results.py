@@ -120,7 +120,7 @@ def test_compare_files_that_do_not_match(tmp_path: Path) -> None:
         (tmp_path / "c.json", "is not a readable JSON file"),
         (tmp_path / "none.json", "is not a readable JSON file"),
         (Path(save(tmp_path / "d.json", {"tables": {}})), "has no rows that 'reformer-kernels bench --json'"),
-        (Path(save(tmp_path / "e.json", {"rows": []})), "has no rows"),
+        (Path(save(tmp_path / "e.json", document([row("trax()", 1, 1.0)]) | {"rows": []})), "has no rows"),
     ):
         result = invoke("compare", a, str(path))
         assert result.exit_code == 2 and message in plain(result.output)

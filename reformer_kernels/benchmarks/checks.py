@@ -65,6 +65,7 @@ class Agreement:
 
 
 def check_hash(sizes: Sizes, calls: Calls) -> Iterator[Agreement]:
+    """Bucket ids against each Reformer peer's."""
     for peer in _reformer_peers(calls):
         other, _, buckets = _run_peer(peer, sizes)
         if buckets is not None:
@@ -72,6 +73,7 @@ def check_hash(sizes: Sizes, calls: Calls) -> Iterator[Agreement]:
 
 
 def check_lsh(sizes: Sizes, calls: Calls) -> Iterator[Agreement]:
+    """Bucket ids, and attention on the peer's own buckets, against each Reformer peer's."""
     for peer in _reformer_peers(calls):
         other, theirs, buckets = _run_peer(peer, sizes)
         if buckets is not None:
@@ -80,6 +82,7 @@ def check_lsh(sizes: Sizes, calls: Calls) -> Iterator[Agreement]:
 
 
 def check_attention(sizes: Sizes, calls: Calls) -> Iterator[Agreement]:
+    """Attention on the peer's own buckets against each Reformer peer's."""
     for peer in _reformer_peers(calls):
         yield _compare_attention(peer, sizes, *_run_peer(peer, sizes))
 

@@ -136,6 +136,8 @@ def _run_table(
         say(f"{title}: preparing the calls")
         added = list(_build(settings, sizes, {call.name for call in calls}, report))
         calls += added
+        if not added:
+            continue
         say(f"{title}: comparing results")
         by_name = {call.name: call for call in added}
         for check in settings.operation.check(sizes, by_name):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from reformer_kernels import hf
 from reformer_kernels.benchmarks.calls import Call, Trained, hidden_states, module_call, seeded
 from reformer_kernels.benchmarks.checks import Agreement, Calls
-from reformer_kernels.benchmarks.peers import quiet_transformers
+from reformer_kernels.benchmarks.peers import axial_shape, need_multiple, quiet_transformers
 from reformer_kernels.benchmarks.sizes import Sizes
 from reformer_kernels.testing import TOLERANCE
 
@@ -54,6 +54,8 @@ def build_attention(name: str, sizes: Sizes) -> Call:
 def _layer(name: str, sizes: Sizes) -> Any:
     from transformers.models.reformer import modeling_reformer as peer
 
+    if sizes.length > sizes.chunk_length:
+        need_multiple("transformers' layer", sizes.length, sizes.chunk_length, "the chunk length")
     kinds: dict[str, Any] = {"local": peer.LocalSelfAttention, "lsh": peer.LSHSelfAttention}
     config = _config(
         sizes.length,
@@ -91,8 +93,11 @@ def build_model(name: str, sizes: Sizes) -> Call:
     """A causal language model: the loss without gradients, and a training step, dropout included."""
     from transformers import ReformerModelWithLMHead
 
+    options = {"local_attn_chunk_length": 64, "lsh_attn_chunk_length": 64} | MODELS[sizes.variant]
+    chunk = math.lcm(options["local_attn_chunk_length"], options["lsh_attn_chunk_length"])
+    need_multiple("transformers' model", sizes.length, chunk, "its chunk lengths")
     with seeded():
-        model: Any = ReformerModelWithLMHead(_config(sizes.length, **MODELS[sizes.variant]))
+        model: Any = ReformerModelWithLMHead(_config(sizes.length, **options))
         tokens = torch.randint(model.config.vocab_size, (sizes.batch, sizes.length)).to(sizes.device)
     model = _accelerated(name, model.to(sizes.device, sizes.torch_dtype))
 
@@ -119,11 +124,10 @@ def _accelerated(name: str, module: nn.Module) -> nn.Module:
 def _config(length: int, **options: Any) -> Any:
     from transformers import ReformerConfig
 
-    side = 2 ** math.ceil(math.log2(length) / 2)
     with quiet_transformers():
         return ReformerConfig(
             is_decoder=True,
-            axial_pos_shape=(length // side, side),
+            axial_pos_shape=axial_shape(length),
             max_position_embeddings=length,
             **options,
         )

@@ -21,7 +21,7 @@ from reformer_kernels.benchmarks.calls import (
     weight_dtype,
 )
 from reformer_kernels.benchmarks.checks import Agreement, Calls
-from reformer_kernels.benchmarks.peers import quiet_transformers
+from reformer_kernels.benchmarks.peers import axial_shape, need_multiple, quiet_transformers
 from reformer_kernels.benchmarks.sizes import Sizes
 from reformer_kernels.config import LSHConfig
 from reformer_kernels.models.config import LayerKind, ReformerConfig
@@ -85,7 +85,7 @@ def _huggingface_model(sizes: Sizes) -> tuple[nn.Module, Loss]:
     from transformers import ReformerModelWithLMHead
 
     length, width = sizes.length, sizes.width
-    rows = max(d for d in range(1, int(length**0.5) + 1) if length % d == 0)
+    need_multiple("Hugging Face's model", length, sizes.chunk_length, "the chunk length")
     with quiet_transformers():
         model = ReformerModelWithLMHead(
             TheirConfig(
@@ -98,7 +98,7 @@ def _huggingface_model(sizes: Sizes) -> tuple[nn.Module, Loss]:
                 hidden_act="gelu",
                 num_hashes=sizes.n_hashes,
                 lsh_attn_chunk_length=sizes.chunk_length,
-                axial_pos_shape=(rows, length // rows),
+                axial_pos_shape=axial_shape(length),
                 axial_pos_embds_dim=(width // 4, width - width // 4),
                 max_position_embeddings=length,
                 is_decoder=True,
@@ -119,6 +119,7 @@ def _huggingface_model(sizes: Sizes) -> tuple[nn.Module, Loss]:
 def _lucidrains_model(sizes: Sizes) -> tuple[nn.Module, Loss]:
     from reformer_pytorch import ReformerLM as Theirs
 
+    need_multiple("reformer_pytorch", sizes.length, 2 * sizes.chunk_length, "twice the chunk length")
     model = Theirs(
         num_tokens=VOCABULARY,
         dim=sizes.width,

@@ -74,6 +74,18 @@ class PeerRefusesError(Exception):
     """A peer is installed but cannot run these sizes; the message says why."""
 
 
+def need_multiple(title: str, length: int, of: int, what: str) -> None:
+    """Raises PeerRefusesError where the length is not a multiple of `of`, which `what` names."""
+    if length % of:
+        raise PeerRefusesError(f"{title} needs a length that is a multiple of {what} ({of}), got {length}")
+
+
+def axial_shape(length: int) -> tuple[int, int]:
+    """The most nearly square shape with `length` elements, for axial position embeddings."""
+    rows = max(d for d in range(1, math.isqrt(length) + 1) if length % d == 0)
+    return rows, length // rows
+
+
 @contextmanager
 def own_generator(seed: int | None) -> Iterator[None]:
     """Both Reformer peers draw rotations from torch's global generator: let them, and restore it after."""
@@ -143,11 +155,8 @@ class HuggingFace:
     """
 
     def __init__(self, sizes: Sizes) -> None:
-        if sizes.length > sizes.chunk_length and sizes.length % sizes.chunk_length:
-            raise PeerRefusesError(
-                f"Hugging Face's layer needs a length that is a multiple of the chunk length "
-                f"({sizes.chunk_length}), got {sizes.length}"
-            )
+        if sizes.length > sizes.chunk_length:
+            need_multiple("Hugging Face's layer", sizes.length, sizes.chunk_length, "the chunk length")
         from transformers import ReformerConfig
         from transformers.models.reformer import modeling_reformer
 
@@ -210,11 +219,7 @@ class Lucidrains:
     """`reformer_pytorch.LSHAttention` with its defaults; qk and v are (B * H, L, D)."""
 
     def __init__(self, sizes: Sizes) -> None:
-        if sizes.length % (2 * sizes.chunk_length):
-            raise PeerRefusesError(
-                f"reformer_pytorch needs a length that is a multiple of twice the chunk length "
-                f"({2 * sizes.chunk_length}), got {sizes.length}"
-            )
+        need_multiple("reformer_pytorch", sizes.length, 2 * sizes.chunk_length, "twice the chunk length")
         from reformer_pytorch import LSHAttention
 
         self.sizes = sizes

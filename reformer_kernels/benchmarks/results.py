@@ -38,6 +38,21 @@ UNITS = {
 }
 
 
+ROW_KEYS = {
+    "operation",
+    "name",
+    "phase",
+    "length",
+    "n",
+    "p20",
+    "median",
+    "p80",
+    "working_memory_bytes",
+    "ratios",
+}
+"""What every row of a file of results has, whatever its schema."""
+
+
 class ResultsError(Exception):
     """A file has no results of `bench`; the message says why."""
 
@@ -190,8 +205,9 @@ def read(path: Path) -> Document:
         document = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ResultsError(f"{path} is not a readable JSON file ({error})") from error
-    rows = document.get("rows") if isinstance(document, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "median" in row for row in rows):
+    known = isinstance(document, dict) and document.keys() >= {"machine", "versions", "commit", "rows"}
+    rows: list[Any] = document["rows"] if known else [None]
+    if not all(isinstance(row, dict) and row.keys() >= ROW_KEYS for row in rows):
         raise ResultsError(f"{path} has no rows that 'reformer-kernels bench --json' wrote")
     if not rows:
         raise ResultsError(f"{path} has no rows")

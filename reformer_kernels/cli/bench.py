@@ -82,7 +82,7 @@ COMMON: dict[str, Any] = {
 
 
 class BenchGroup(TyperGroup):
-    """Commands of which the first is what options alone mean."""
+    """A group of commands whose first one runs where options come without a command."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args or (args[0].startswith("-") and args[0] != "--help"):
