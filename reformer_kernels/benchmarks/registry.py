@@ -52,11 +52,13 @@ class Operation:
         baselines: names of the rows that ours are always compared with.
         peers: names of the rows that --compare chooses, by their key in `peers.PEERS`.
         variants: what --variants accepts.
+        variant_title: what the variants are, in words.
         hash_free: names of rows that are the same for any number of hash rounds.
         check: compares results with the baselines' or peers', before anything is timed.
         memory: "resident" is what the system sees in a process of its own; "allocated" is what torch
             allocates, which counts tensors alone.
         package: key of the peer without which nothing can be timed.
+        note: what a reader of the table should know about its rows.
     """
 
     name: str
@@ -67,10 +69,12 @@ class Operation:
     baselines: tuple[str, ...] = ()
     peers: Mapping[str, str] = field(default_factory=dict)
     variants: tuple[str, ...] = ()
+    variant_title: str = ""
     hash_free: tuple[str, ...] = ()
     check: Callable[[Sizes, Calls], Iterable[Agreement]] = lambda sizes, calls: ()
     memory: Literal["resident", "allocated"] = "allocated"
     package: str | None = None
+    note: str = ""
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -94,6 +98,10 @@ _ATTENTION: dict[str, Any] = {
 }
 _HASH: dict[str, Any] = {**_HEADS, **_HASHING, "backend": "auto"}
 _FULL = tuple(FULL_ATTENTION.values())
+_PRESETS = (
+    "trax() attends as Hugging Face does; paper() adds the bucket mask and the duplicate correction; "
+    "window=bucket replaces chunks by the nearest keys in the bucket."
+)
 _REFORMERS = {"hf": "Hugging Face", "lucidrains": "reformer_pytorch"}
 
 _ENTRIES = (
@@ -107,6 +115,7 @@ _ENTRIES = (
         hash_free=_FULL,
         check=checks.check_lsh,
         memory="resident",
+        note=_PRESETS,
     ),
     Operation(
         "hash",
@@ -139,6 +148,7 @@ _ENTRIES = (
         hash_free=_FULL,
         check=checks.check_attention,
         memory="resident",
+        note=_PRESETS,
     ),
     Operation(
         "cross",
@@ -170,6 +180,7 @@ _ENTRIES = (
         baselines=("plain", "checkpoint"),
         peers={"lucidrains": "reformer_pytorch"},
         variants=("attention", "feed-forward"),
+        variant_title="with attention, or a feed-forward in its place",
         check=layers.check_drift,
     ),
     Operation(
@@ -180,6 +191,7 @@ _ENTRIES = (
         ours=("chunked",),
         baselines=("plain", "checkpoint"),
         variants=tuple(layers.ACTIVATIONS),
+        variant_title="activations",
         check=checks.check_same_outputs,
     ),
     Operation(
@@ -190,6 +202,7 @@ _ENTRIES = (
         ours=("chunked",),
         baselines=("plain",),
         variants=layers.REDUCTIONS,
+        variant_title="reductions",
         check=checks.check_same_outputs,
     ),
     Operation(
@@ -243,6 +256,7 @@ _ENTRIES = (
         ours=(huggingface.ACCELERATED,),
         baselines=(huggingface.ORIGINAL,),
         variants=("local", "lsh"),
+        variant_title="kinds of layer",
         check=huggingface.check_attention,
         package="hf",
     ),
@@ -254,17 +268,10 @@ _ENTRIES = (
         ours=(huggingface.ACCELERATED,),
         baselines=(huggingface.ORIGINAL,),
         variants=tuple(huggingface.MODELS),
+        variant_title="sizes of the model",
         package="hf",
     ),
 )
 
 OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in _ENTRIES}
 """All benchmarks by name; the first is the default."""
-
-VARIANT_TITLES = {
-    "reversible": "with attention, or feed-forward in its place",
-    "ffn": "activations",
-    "loss": "reductions",
-    "huggingface": "kinds of layer",
-    "huggingface-model": "sizes of the model",
-}

@@ -215,11 +215,8 @@ def _notes(document: Document, wide: bool) -> list[str]:
         if operation is not None and operation.memory == "allocated":
             notes[-1] += ", as torch allocates it"
         notes[-1] += "."
-    if document["operation"] in ("lsh", "attention"):
-        notes.append(
-            "trax() attends as Hugging Face does; paper() adds the bucket mask and the duplicate correction; "
-            "window=bucket replaces chunks by the nearest keys in the bucket."
-        )
+    if operation is not None and operation.note:
+        notes.append(operation.note)
     notes += _checks(document["checks"], wide)
     notes += [
         f"[yellow]Left out:[/] {left['name']} at L = {left['length']}: {left['reason']}."

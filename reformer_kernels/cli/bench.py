@@ -20,7 +20,7 @@ from reformer_kernels._limits import MAX_HEAD_DIM
 from reformer_kernels.benchmarks import plots, results, tables
 from reformer_kernels.benchmarks.harness import Settings, run
 from reformer_kernels.benchmarks.peers import PEERS
-from reformer_kernels.benchmarks.registry import AXES, OPERATIONS, SINGLE, VARIANT_TITLES, Operation
+from reformer_kernels.benchmarks.registry import AXES, OPERATIONS, SINGLE, Operation
 from reformer_kernels.benchmarks.sizes import DTYPES, Sizes
 from reformer_kernels.cli import arguments
 from reformer_kernels.cli.arguments import usage_error, writable_file
@@ -130,7 +130,7 @@ def _command(operation: Operation) -> Callable[..., None]:
 def _annotation(operation: Operation, option: str) -> Any:
     """An option's annotation, with the choices that this operation has."""
     if option == "variants":
-        title = VARIANT_TITLES[operation.name].capitalize()
+        title = operation.variant_title.capitalize()
         text = f"{title}, separated by commas: {', '.join(operation.variants)}."
         return Annotated[str, typer.Option(help=text)]
     if option == "compare":
