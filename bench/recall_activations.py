@@ -1,7 +1,7 @@
 """Queries and keys of trained language models, for `reformer-kernels recall`.
 
-    python bench/recall_activations.py activations.pt
-    reformer-kernels recall --clusters none --masks causal --tensors activations.pt
+    python bench/recall_activations.py activations.safetensors
+    reformer-kernels recall --masks causal --activations activations.safetensors
 
 Two byte-level models of 4 layers learn the source of Python's standard library with full attention, one with
 separate queries and keys, one with shared query-keys. FILE gets q and k of the first and qk of the second,
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from rich.progress import track
+from safetensors.torch import save_file
 from torch import Tensor
 
 from reformer_kernels import LSHConfig, ReformerConfig, ReformerLM
@@ -27,7 +28,7 @@ LAYERS, WIDTH, HEADS, LENGTH = 4, 256, 4, 2048
 
 
 def make_model(kind: LayerKind) -> ReformerLM:
-    """ "full": separate queries and keys; "lsh": shared ones, with one chunk that holds all tokens."""
+    """A model with separate queries and keys ("full"), or shared ones in one chunk of all tokens ("lsh")."""
     one_chunk = LSHConfig.paper(n_hashes=1, chunk_length=LENGTH, attend_across_buckets=True)
     return ReformerLM(
         ReformerConfig(
@@ -46,14 +47,14 @@ def make_model(kind: LayerKind) -> ReformerLM:
 
 
 def activations(model: ReformerLM, tokens: Tensor, name: str) -> Tensor:
-    """What the layers' projections of this name give: (layers, heads, length, head size)."""
-    found: list[Tensor] = []
+    """The outputs of the layers' projections of this name: (layers, heads, length, head size)."""
+    outputs: list[Tensor] = []
     for path, module in model.named_modules():
         if path.endswith(f".{name}"):
-            module.register_forward_hook(lambda module, inputs, output: found.append(output))
+            module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     with torch.no_grad():
         model(tokens)
-    return torch.cat(found).unflatten(-1, (HEADS, -1)).transpose(1, 2).contiguous()
+    return torch.cat(outputs).unflatten(-1, (HEADS, -1)).transpose(1, 2).contiguous()
 
 
 def main() -> None:
@@ -62,8 +63,8 @@ def main() -> None:
     )
     parser.add_argument("file", type=Path)
     parser.add_argument("--steps", type=int, default=150, help="training steps of 2048 bytes")
-    given = parser.parse_args()
-    recipe = Recipe(seq_len=LENGTH, steps=given.steps)
+    arguments = parser.parse_args()
+    recipe = Recipe(seq_len=LENGTH, steps=arguments.steps)
     text = load_text(None, LENGTH)
     tensors: dict[str, Tensor] = {}
     trained: tuple[tuple[LayerKind, dict[str, str]], ...] = (
@@ -74,14 +75,14 @@ def main() -> None:
         torch.manual_seed(recipe.seed)
         trainer = Trainer(recipe, text, model=make_model(kind))
         name = "shared query-keys" if kind == "lsh" else "separate queries and keys"
-        for _ in track(range(given.steps), name):
+        for _ in track(range(arguments.steps), name):
             trainer.train_step()
         bits = trainer.evaluate(windows=8)
-        print(f"{name}: {bits:.3f} bits per byte on held-out text after {given.steps} steps")
+        print(f"{name}: {bits:.3f} bits per byte on held-out text after {arguments.steps} steps")
         for projection, short in projections.items():
             tensors[short] = activations(trainer.model, text.held_out[None, :LENGTH].long(), projection)
-    torch.save(tensors, given.file)
-    print(f"{given.file}: " + ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items()))
+    save_file(tensors, arguments.file)
+    print(f"{arguments.file}: " + ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items()))
 
 
 if __name__ == "__main__":

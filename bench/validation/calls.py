@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reformer_kernels import LSHConfig, functional
 from reformer_kernels.benchmarks.peers import FullAttention
-from reformer_kernels.benchmarks.problem import Problem
+from reformer_kernels.benchmarks.sizes import Sizes
 from reformer_kernels.gpu.cost_model import Shape
 from validation.context import Context
 
@@ -115,7 +115,7 @@ def local(context: Context, shape: Shape, phase: str) -> Call:
 
 def full(context: Context, shape: Shape, phase: str, peer: str) -> Call:
     """Dense attention by a back end of torch's; raises PeerRefusesError where it cannot take the shape."""
-    problem = Problem(
+    sizes = Sizes(
         heads=shape.heads,
         length=shape.length,
         head_dim=shape.head_dim,
@@ -123,7 +123,7 @@ def full(context: Context, shape: Shape, phase: str, peer: str) -> Call:
         dtype=str(dtype_of(shape)).removeprefix("torch."),
         device=str(context.device),
     )
-    return _differentiated(FullAttention(peer, problem).attend, _leaves(context, shape, 3), phase)
+    return _differentiated(FullAttention(peer, sizes).attend, _leaves(context, shape, 3), phase)
 
 
 def lsh_hash(context: Context, shape: Shape) -> Call:

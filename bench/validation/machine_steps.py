@@ -25,7 +25,7 @@ def environment_steps(context: Context) -> Iterator[Row]:
     from reformer_kernels.cli.info import gather
 
     facts = gather()
-    live = [f"{b['backend']} on {b['device']}" for b in facts["backends"] if b["live"]]
+    live = [f"{b['backend']} on {b['device']}" for b in facts["backends"] if b["available"]]
     yield {
         "check": "machine",
         "ok": context.dry_run or torch.cuda.is_available(),

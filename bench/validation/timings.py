@@ -32,7 +32,7 @@ def rates_steps(context: Context) -> Iterator[Row]:
 
 def _measure_rates(context: Context, dtype: torch.dtype) -> Row:
     meter = RateMeter(context.device, dtype)
-    cases = meter.cases()
+    cases = meter.timed()
     interleave(cases, budget=context.pick(0.5, 0.01), max_repeats=context.pick(20, 1))
     meter.take(cases)
     return dataclasses.asdict(meter.rates())

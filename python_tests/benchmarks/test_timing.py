@@ -10,16 +10,15 @@ import pytest
 import torch
 
 from reformer_kernels.benchmarks import memory, timing
-from reformer_kernels.benchmarks.timing import Case, Spread, interleave, percentile
+from reformer_kernels.benchmarks.timing import Spread, Timed, interleave
 
 
 def test_percentiles_interpolate() -> None:
-    values = [4.0, 1.0, 3.0, 2.0, 5.0]
-    assert [percentile(values, p) for p in (0, 20, 50, 80, 100)] == pytest.approx([1, 1.8, 3, 4.2, 5])
-    assert percentile([7.0], 20) == 7.0
-    with pytest.raises(ValueError, match="no values"):
-        percentile([], 50)
-    assert Spread.of([3.0, 1.0, 2.0]) == Spread(3, 1.4, 2.0, 2.6)
+    spread = Spread.of([4.0, 1.0, 3.0, 2.0, 5.0])
+    assert (spread.n, spread.p20, spread.median, spread.p80) == pytest.approx((5, 1.8, 3, 4.2))
+    assert Spread.of([7.0]) == Spread(1, 7.0, 7.0, 7.0)
+    with pytest.raises(ValueError, match="at least one sample"):
+        Spread.of([])
 
 
 class Clock:
@@ -32,13 +31,13 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
-    def case(self, name: str, seconds: float) -> Case:
+    def case(self, name: str, seconds: float) -> Timed:
         def run() -> dict[str, float]:
             self.calls.append(name)
             self.now += seconds
             return {"forward": seconds}
 
-        return Case(run)
+        return Timed(run)
 
 
 @pytest.fixture
@@ -110,7 +109,7 @@ def test_a_device_is_asked_for_its_times_after_the_last_call_of_a_sample(
         clock.now += 0.002
         return {"forward": timing.between(start, timing.mark(device))}
 
-    case = Case(run)
+    case = Timed(run)
     interleave([case], budget=10, max_repeats=1)
     assert case.samples["forward"] == pytest.approx([0.002])
     # Each warm-up is waited for; then an untimed call and two timed ones, read at the end.

@@ -23,7 +23,7 @@ from python_tests.reversible.cases import (
     streams,
     weigh,
 )
-from reformer_kernels.benchmarks.allocations import peak_allocated
+from reformer_kernels.benchmarks.memory import peak_allocated
 from reformer_kernels.reversible import remember
 from reformer_kernels.reversible.blocks import ReversibleBlock, ReversibleSequence
 

@@ -1,25 +1,24 @@
-"""transformers' Reformer before and after `hf.accelerate`: its attention layers, and whole models.
+"""The calls of the benchmarks of transformers' Reformer before and after `hf.accelerate`.
 
-Rows are those of `steps.compare`. Both sides are one model and its copy, on the same input; the
-layers include their projections, the models everything from tokens to the loss. Memory is what torch
-allocates beyond parameters, their gradients and the result. `output_error` of layers: |ours - theirs| over
-|theirs| of the median token, on the same buckets. transformers is imported where it is needed.
+Both rows of a table are one model and its copy, on the same input. Layers include their projections; models
+everything from tokens to the loss. transformers is imported only when a call is built.
 """
 
 from __future__ import annotations
 
-import copy
-import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reformer_kernels import hf
-from reformer_kernels.benchmarks.steps import Row, Step, compare
+from reformer_kernels.benchmarks.calls import Call, Trained, hidden_states, module_call, seeded
+from reformer_kernels.benchmarks.checks import Agreement, Calls
+from reformer_kernels.benchmarks.peers import axial_shape, need_multiple, quiet_transformers
+from reformer_kernels.benchmarks.sizes import Sizes
+from reformer_kernels.testing import TOLERANCE
 
 ORIGINAL, ACCELERATED = "transformers", "accelerated"
 
@@ -38,134 +37,97 @@ MODELS: dict[str, dict[str, Any]] = {
         "axial_pos_embds_dim": [256, 768],
     },
 }
-"""Options of transformers' `ReformerConfig`: its defaults (6 layers, 256 wide, 12 heads of 64, 1 hash), and
-wide layers."""
+"""Options of transformers' `ReformerConfig`, by variant: its defaults (6 layers, 256 wide, 12 heads of 64, 1
+hash round), and wide layers."""
 
 NO_DROPOUT = {"local_attention_probs_dropout_prob": 0.0, "lsh_attention_probs_dropout_prob": 0.0}
 
 
-def bench_attention(
-    lengths: Sequence[int] = (256, 1024, 4096, 16384),
-    kinds: Sequence[tuple[str, int]] = (("local", 1), ("lsh", 1), ("lsh", 4)),
-    *,
-    sizes: dict[str, Any] | None = None,
-    budget: float = 20.0,
-    repeats: int = 7,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> list[Row]:
-    """The attention layers alone, at transformers' default sizes, causal, without dropout.
+def build_attention(name: str, sizes: Sizes) -> Call:
+    """An attention layer alone, "local" or "lsh", causal and without dropout."""
+    layer = _layer(name, sizes)
+    x = hidden_states(sizes, sizes.width, sizes.torch_dtype)
+    width = sizes.heads * sizes.head_dim
+    return module_call(name, sizes, lambda x: layer(x).hidden_states, x, out_width=width)
 
-    kinds: (layer, hashes).
-    """
+
+def _layer(name: str, sizes: Sizes) -> Any:
     from transformers.models.reformer import modeling_reformer as peer
 
-    place, rows = torch.device(device), []
-    layers: dict[str, Any] = {"local": peer.LocalSelfAttention, "lsh": peer.LSHSelfAttention}
-    for (kind, n_hashes), length in ((kind, length) for kind in kinds for length in lengths):
-        torch.manual_seed(0)
-        config = _config(length, num_hashes=n_hashes, **NO_DROPOUT, **sizes or {})
-        original = layers[kind](config).to(place, dtype)
-        x = torch.randn(1, length, config.hidden_size, device=place, dtype=dtype, requires_grad=True)
-        grad = torch.randn(1, length, original.all_head_size, device=place, dtype=dtype)
-
-        def forward(layer: nn.Module, x: Tensor = x) -> Sequence[Tensor]:
-            with torch.no_grad():
-                return [layer(x).hidden_states]
-
-        def train(layer: nn.Module, x: Tensor = x, grad: Tensor = grad) -> Sequence[Tensor]:
-            y = layer(x).hidden_states
-            y.backward(grad)
-            assert x.grad is not None
-            found, x.grad = x.grad, None
-            return [y, found]
-
-        steps = {"forward": forward, "forward+backward": train}
-        about: Row = {"layer": kind, "hashes": n_hashes, "length": length}
-        accelerated = _accelerated(original)
-        about["output_error"] = _difference(original, accelerated, x)
-        rows += _both(original, accelerated, steps, budget, repeats, place, about)
-    return rows
+    if sizes.length > sizes.chunk_length:
+        need_multiple("transformers' layer", sizes.length, sizes.chunk_length, "the chunk length")
+    kinds: dict[str, Any] = {"local": peer.LocalSelfAttention, "lsh": peer.LSHSelfAttention}
+    config = _config(
+        sizes.length,
+        num_hashes=sizes.n_hashes,
+        hidden_size=sizes.width,
+        num_attention_heads=sizes.heads,
+        attention_head_size=sizes.head_dim,
+        local_attn_chunk_length=sizes.chunk_length,
+        lsh_attn_chunk_length=sizes.chunk_length,
+        **NO_DROPOUT,
+    )
+    with seeded():
+        layer = kinds[sizes.variant](config).to(sizes.device, sizes.torch_dtype)
+    return _accelerated(name, layer)
 
 
-def bench_models(
-    cases: Sequence[tuple[str, int]] = (("default", 4096), ("default", 16384), ("wide", 4096)),
-    *,
-    budget: float = 20.0,
-    repeats: int = 3,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> list[Row]:
-    """Causal language models: the forward pass without gradients, and a training step, dropout included.
+def check_attention(sizes: Sizes, calls: Calls) -> Iterator[Agreement]:
+    """|ours - theirs| / |theirs| of the median token, on the same buckets.
 
-    cases: (name in `MODELS`, length).
+    Two hashes of one vector may differ where directions nearly tie, and tokens that see only themselves are
+    up to 0.4% off in transformers' own float32.
     """
+    x = hidden_states(sizes, sizes.width, sizes.torch_dtype)
+    with torch.no_grad(), seeded(), quiet_transformers():
+        theirs = _layer(ORIGINAL, sizes)(x)
+        ours = _layer(ACCELERATED, sizes)(x, buckets=getattr(theirs, "buckets", None)).hidden_states
+    error = (ours.double() - theirs.hidden_states.double()).norm(dim=-1)
+    error = float((error / theirs.hidden_states.double().norm(dim=-1)).median())
+    yield Agreement(
+        "transformers", "output difference of the median token", error, TOLERANCE[sizes.torch_dtype]
+    )
+
+
+def build_model(name: str, sizes: Sizes) -> Call:
+    """A causal language model: the loss without gradients, and a training step, dropout included."""
     from transformers import ReformerModelWithLMHead
 
-    place, rows = torch.device(device), []
-    for name, length in cases:
-        torch.manual_seed(0)
-        original: Any = ReformerModelWithLMHead(_config(length, **MODELS[name])).train()
-        original.to(place, dtype)
-        ids = torch.randint(original.config.vocab_size, (1, length), device=place)
+    options = {"local_attn_chunk_length": 64, "lsh_attn_chunk_length": 64} | MODELS[sizes.variant]
+    chunk = math.lcm(options["local_attn_chunk_length"], options["lsh_attn_chunk_length"])
+    need_multiple("transformers' model", sizes.length, chunk, "its chunk lengths")
+    with seeded():
+        model: Any = ReformerModelWithLMHead(_config(sizes.length, **options))
+        tokens = torch.randint(model.config.vocab_size, (sizes.batch, sizes.length)).to(sizes.device)
+    model = _accelerated(name, model.to(sizes.device, sizes.torch_dtype))
 
-        def forward(model: nn.Module, ids: Tensor = ids) -> Sequence[Tensor]:
-            with torch.no_grad():
-                return [model.eval()(ids, use_cache=False).logits]
+    def forward() -> Sequence[Tensor]:
+        with torch.no_grad(), quiet_transformers():
+            return [model.eval()(tokens, use_cache=False).logits]
 
-        def train(model: nn.Module, ids: Tensor = ids) -> Sequence[Tensor]:
-            model.train()(ids, labels=ids, use_cache=False).loss.backward()
-            return []
+    def train() -> Trained:
+        with quiet_transformers():
+            model.train()(tokens, labels=tokens, use_cache=False).loss.backward()
+        return Trained([])
 
-        steps = {"forward": forward, "training step": train}
-        about: Row = {"model": name, "hashes": original.config.num_hashes, "length": length}
-        rows += _both(original, _accelerated(original), steps, budget, repeats, place, about)
-    return rows
-
-
-def _accelerated(original: nn.Module) -> nn.Module:
-    copied = copy.deepcopy(original)
-    hf.accelerate(copied)
-    return copied
+    return Call(name, sizes, forward, train, train_phase="training step", inputs=[tokens])
 
 
-def _difference(original: nn.Module, accelerated: nn.Module, x: Tensor) -> float:
-    """Of a layer's outputs, on the same buckets: two hashes of a row differ where directions nearly tie.
-
-    Of the median token: those that see only themselves are up to 0.4% off in transformers' own float32.
-    """
-    with torch.no_grad():
-        theirs = original(x)
-        ours = accelerated(x, buckets=getattr(theirs, "buckets", None))
-        error = (ours.hidden_states - theirs.hidden_states).norm(dim=-1)
-        return float((error / theirs.hidden_states.norm(dim=-1)).median())
-
-
-def _both(
-    original: nn.Module,
-    accelerated: nn.Module,
-    steps: Mapping[str, Callable[[nn.Module], Sequence[Tensor]]],
-    budget: float,
-    repeats: int,
-    device: torch.device,
-    about: Row,
-) -> list[Row]:
-    rows = []
-    for phase, step in steps.items():
-        both: dict[str, Step] = {ORIGINAL: partial(step, original), ACCELERATED: partial(step, accelerated)}
-        timed = compare(both, ORIGINAL, budget=budget, repeats=repeats, device=device, **about)
-        rows += [{**row, "phase": phase} for row in timed]
-    return rows
+def _accelerated(name: str, module: nn.Module) -> nn.Module:
+    if name == ACCELERATED:
+        hf.accelerate(module)
+    elif name != ORIGINAL:
+        raise KeyError(name)
+    return module
 
 
 def _config(length: int, **options: Any) -> Any:
     from transformers import ReformerConfig
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    side = 2 ** math.ceil(math.log2(length) / 2)
-    return ReformerConfig(
-        is_decoder=True,
-        axial_pos_shape=(length // side, side),
-        max_position_embeddings=length,
-        **options,
-    )
+    with quiet_transformers():
+        return ReformerConfig(
+            is_decoder=True,
+            axial_pos_shape=axial_shape(length),
+            max_position_embeddings=length,
+            **options,
+        )

@@ -1,11 +1,13 @@
-"""What machine this is, what runs on it, and how fast it multiplies and copies."""
+"""The machine, the versions and the commit that run on it, and how fast it multiplies and copies."""
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +16,7 @@ from typing import Any
 
 import torch
 
-from reformer_kernels.benchmarks.timing import Case, Seconds, Spread, between, clock, mark
+from reformer_kernels.benchmarks.timing import Seconds, Spread, Timed, between, clock, mark
 
 PACKAGES = ("reformer-kernels", "torch", "triton", "numpy", "transformers", "reformer-pytorch")
 
@@ -40,7 +42,7 @@ def version_of(package: str) -> str | None:
 
 @cache
 def commit() -> str | None:
-    """The commit of the checkout that this package runs from ("+" where files differ), None outside one."""
+    """The commit of the checkout that this package runs from, "+" added where files differ; None outside."""
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():  # a package installed inside some other project's checkout
         return None
@@ -57,7 +59,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def available_memory() -> int | None:
-    """Bytes that a new allocation may take, None where the system does not say."""
+    """Bytes that a new allocation may take; None where the system does not say."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -68,6 +70,7 @@ def available_memory() -> int | None:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
+    """Processor, threads, system and Python, and the GPU where `device` is one."""
     facts: dict[str, Any] = {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -81,23 +84,37 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    found = {package: version_of(package) for package in PACKAGES}
-    found["torch"] = str(torch.__version__)  # with its build, such as +cpu
-    return found
+    """The installed versions of what is measured; None where a package is not installed."""
+    torch_version = str(torch.__version__)  # with its build, such as +cpu
+    return {package: version_of(package) for package in PACKAGES} | {"torch": torch_version}
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What every file of results says about its origin: start, arguments, machine, commit and versions."""
+    return {
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+        "arguments": sys.argv[1:],
+        "machine": describe(device),
+        "commit": commit(),
+        "versions": versions(),
+    }
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What the machine does at its best through torch, in the run whose results are set against it."""
+    """The best rates that torch reaches on the machine, in the same run as the results beside them."""
 
     matmul_gflops: float
     copy_gbs: float
-    """Bytes read and bytes written, both counted."""
+    """GB/s; bytes read and bytes written both count."""
 
 
 def _product_size(device: torch.device, dtype: torch.dtype) -> int:
-    """The size of a square product that takes some hundredths of a second: large enough to run at full rate,
-    and short also where the processor has no instructions for the dtype (bfloat16 on many CPUs)."""
+    """The size of a square product that takes some hundredths of a second.
+
+    It is large enough to run at full rate, and short even where the processor has no instructions for the
+    dtype, as many CPUs have none for bfloat16.
+    """
     size, most = (256, 2048) if device.type == "cpu" else (1024, 8192)
     while size < most:
         a = torch.ones(size, size, device=device, dtype=dtype)
@@ -111,9 +128,9 @@ def _product_size(device: torch.device, dtype: torch.dtype) -> int:
 
 
 class RateMeter:
-    """Times a square matrix product in `dtype` and a copy too large for any cache.
+    """Times a square matrix product in `dtype`, and a copy too large for any cache.
 
-    Its cases take their turns among the benchmark's own, so that a share of the machine's rate compares what
+    Both run alternately with the benchmark's own calls, so that a share of the machine's rate compares what
     ran in the same minutes.
     """
 
@@ -138,13 +155,14 @@ class RateMeter:
         self.target.copy_(self.source)
         return {"seconds": between(start, mark(self.device))}
 
-    def cases(self) -> list[Case]:
-        return [Case(self._multiply), Case(self._copy)]
+    def timed(self) -> list[Timed]:
+        """The product and the copy, for the timing harness."""
+        return [Timed(self._multiply), Timed(self._copy)]
 
-    def take(self, cases: Sequence[Case]) -> None:
-        """Keep the samples of `cases()` once they have run."""
-        for kept, case in zip(self.seconds, cases, strict=True):
-            kept += case.samples["seconds"]
+    def take(self, timed: Sequence[Timed]) -> None:
+        """Keep the samples of what `timed` returned, once they have run."""
+        for kept, one in zip(self.seconds, timed, strict=True):
+            kept += one.samples["seconds"]
 
     def rates(self) -> Rates:
         multiply, copy = (Spread.of(kept).median for kept in self.seconds)

@@ -1,107 +1,104 @@
-"""Whole models beside what they replace: `reformer-kernels bench model | mha | encoder`.
+"""The calls of the benchmarks of whole models: `model`, `mha` and `encoder`.
 
-Each `bench_*` function returns the rows of `steps.compare`; the step named first is the plain one.
+Each builder makes the call of one row. 16-bit dtypes run under autocast on float32 weights.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
-import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reformer_kernels.benchmarks.steps import Row, Step, compare
+from reformer_kernels.benchmarks.calls import (
+    Call,
+    Trained,
+    autocast_to,
+    hidden_states,
+    module_call,
+    seeded,
+    weight_dtype,
+)
+from reformer_kernels.benchmarks.checks import Agreement, Calls
+from reformer_kernels.benchmarks.peers import axial_shape, need_multiple, quiet_transformers
+from reformer_kernels.benchmarks.sizes import Sizes
 from reformer_kernels.config import LSHConfig
 from reformer_kernels.models import ReformerLM
 from reformer_kernels.models.config import LayerKind, ReformerConfig
 from reformer_kernels.modules.multihead_attention import MultiheadAttention
 from reformer_kernels.modules.replace import replace_attention
+from reformer_kernels.testing import TOLERANCE, relative_error
 
 VOCABULARY = 256
+"""Byte-level language models."""
+
+Loss = Callable[[nn.Module, Tensor], Tensor]
 
 
-def bench_language_model(
-    length: int = 16384,
-    layers: int = 6,
-    width: int = 256,
-    heads: int = 4,
-    n_hashes: int = 4,
-    chunk_length: int = 64,
-    *,
-    budget: float = 60.0,
-    repeats: int = 5,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> list[Row]:
-    """A training step (forward, loss, backward, AdamW) of a causal byte-level LM of LSH layers: ours, Hugging
-    Face's and `reformer_pytorch`'s of the same size. 16-bit dtypes: weights in float32, under autocast.
-    """
-    place = torch.device(device)
-    tokens = torch.randint(VOCABULARY, (1, length), device=place)
-    sizes = (length, layers, width, heads, n_hashes, chunk_length)
+def build_language_model(name: str, sizes: Sizes) -> Call:
+    """A training step (forward, loss, backward, AdamW) of a causal byte-level language model of LSH layers:
+    ours, Hugging Face's and `reformer_pytorch`'s of the same size."""
     makers = {
         "reformer_kernels": _our_model,
         "Hugging Face": _huggingface_model,
         "reformer_pytorch": _lucidrains_model,
     }
-    steps: dict[str, Step] = {}
-    for name, make in makers.items():
-        torch.manual_seed(0)
-        try:
-            model, loss = make(*sizes)
-        except ImportError:
-            continue
-        steps[name] = _training_step(model.to(place).train(), loss, tokens, dtype)
-    about = {"length": length, "layers": layers, "width": width, "heads": heads, "n_hashes": n_hashes}
-    return compare(steps, "reformer_kernels", budget=budget, repeats=repeats, device=place, **about)
+    with seeded():
+        model, loss = makers[name](sizes)
+        tokens = torch.randint(VOCABULARY, (sizes.batch, sizes.length)).to(sizes.device)
+    model = model.to(sizes.device, weight_dtype(sizes)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def forward() -> Sequence[Tensor]:
+        with torch.no_grad(), autocast_to(sizes):
+            return [loss(model, tokens)]
+
+    def train() -> Trained:
+        with autocast_to(sizes):
+            value = loss(model, tokens)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        return Trained([value.detach()])
+
+    return Call(name, sizes, forward, train, train_phase="training step", inputs=[tokens])
 
 
-Loss = Callable[[nn.Module, Tensor], Tensor]
-
-
-def _our_model(
-    length: int, layers: int, width: int, heads: int, n_hashes: int, chunk: int
-) -> tuple[nn.Module, Loss]:
+def _our_model(sizes: Sizes) -> tuple[nn.Module, Loss]:
     kind: LayerKind = "lsh"
     config = ReformerConfig(
         vocab_size=VOCABULARY,
-        d_model=width,
-        layers=(kind,) * layers,
-        num_heads=heads,
-        d_ff=4 * width,
+        d_model=sizes.width,
+        layers=(kind,) * sizes.layers,
+        num_heads=sizes.heads,
+        d_ff=4 * sizes.width,
         causal=True,
-        lsh=LSHConfig.trax(n_hashes=n_hashes, chunk_length=chunk),
-        max_length=length,
+        lsh=LSHConfig.trax(n_hashes=sizes.n_hashes, chunk_length=sizes.chunk_length),
+        max_length=sizes.length,
     )
     return ReformerLM(config), lambda model, tokens: model(tokens, labels=tokens)
 
 
-def _huggingface_model(
-    length: int, layers: int, width: int, heads: int, n_hashes: int, chunk: int
-) -> tuple[nn.Module, Loss]:
+def _huggingface_model(sizes: Sizes) -> tuple[nn.Module, Loss]:
     from transformers import ReformerConfig as TheirConfig
     from transformers import ReformerModelWithLMHead
 
-    rows = max(d for d in range(1, int(length**0.5) + 1) if length % d == 0)
-    with _quiet_transformers():
+    length, width = sizes.length, sizes.width
+    need_multiple("Hugging Face's model", length, sizes.chunk_length, "the chunk length")
+    with quiet_transformers():
         model = ReformerModelWithLMHead(
             TheirConfig(
                 vocab_size=VOCABULARY,
-                attn_layers=["lsh"] * layers,
+                attn_layers=["lsh"] * sizes.layers,
                 hidden_size=width,
-                num_attention_heads=heads,
-                attention_head_size=width // heads,
+                num_attention_heads=sizes.heads,
+                attention_head_size=width // sizes.heads,
                 feed_forward_size=4 * width,
                 hidden_act="gelu",
-                num_hashes=n_hashes,
-                lsh_attn_chunk_length=chunk,
-                axial_pos_shape=(rows, length // rows),
+                num_hashes=sizes.n_hashes,
+                lsh_attn_chunk_length=sizes.chunk_length,
+                axial_pos_shape=axial_shape(length),
                 axial_pos_embds_dim=(width // 4, width - width // 4),
                 max_position_embeddings=length,
                 is_decoder=True,
@@ -112,26 +109,25 @@ def _huggingface_model(
         )
 
     def loss(model: nn.Module, tokens: Tensor) -> Tensor:
-        with _quiet_transformers():
+        with quiet_transformers():
             result: Tensor = model(tokens, labels=tokens).loss
         return result
 
     return model, loss
 
 
-def _lucidrains_model(
-    length: int, layers: int, width: int, heads: int, n_hashes: int, chunk: int
-) -> tuple[nn.Module, Loss]:
+def _lucidrains_model(sizes: Sizes) -> tuple[nn.Module, Loss]:
     from reformer_pytorch import ReformerLM as Theirs
 
+    need_multiple("reformer_pytorch", sizes.length, 2 * sizes.chunk_length, "twice the chunk length")
     model = Theirs(
         num_tokens=VOCABULARY,
-        dim=width,
-        depth=layers,
-        max_seq_len=length,
-        heads=heads,
-        bucket_size=chunk,
-        n_hashes=n_hashes,
+        dim=sizes.width,
+        depth=sizes.layers,
+        max_seq_len=sizes.length,
+        heads=sizes.heads,
+        bucket_size=sizes.chunk_length,
+        n_hashes=sizes.n_hashes,
         causal=True,
         axial_position_emb=True,
     )
@@ -142,110 +138,61 @@ def _lucidrains_model(
     return model, loss
 
 
-def _training_step(model: nn.Module, loss: Loss, tokens: Tensor, dtype: torch.dtype) -> Step:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+def build_multihead_attention(name: str, sizes: Sizes) -> Call:
+    """`nn.MultiheadAttention`, ours with its default threshold, and ours always hashing ("LSH"): where the
+    default threshold belongs, and what ours costs below it. No weights are returned."""
+    with seeded():
+        plain = nn.MultiheadAttention(sizes.width, sizes.heads, batch_first=True)
+    module = plain
+    if name != "nn.MultiheadAttention":
+        module = MultiheadAttention(
+            sizes.width,
+            sizes.heads,
+            batch_first=True,
+            config=_config(sizes),
+            full_attention_threshold={"default": None, "LSH": 0}[name],
+        )
+        module.load_state_dict(plain.state_dict())
+    dtype = weight_dtype(sizes)
+    module.to(sizes.device, dtype)
 
-    def step() -> Sequence[Tensor]:
-        with _autocast(tokens.device, dtype):
-            value = loss(model, tokens)
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-        return [value]
+    def attend(x: Tensor) -> Tensor:
+        result: Tensor = module(x, x, x, need_weights=False)[0]
+        return result
 
-    return step
-
-
-def bench_multihead_attention(
-    lengths: Sequence[int] = (128, 512, 1024, 2048, 4096),
-    width: int = 512,
-    heads: int = 8,
-    *,
-    budget: float = 10.0,
-    repeats: int = 7,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> list[Row]:
-    """`nn.MultiheadAttention`, ours as it is by default, and ours when it always hashes, without weights
-    returned: where the default threshold belongs, and what ours costs below it."""
-    place = torch.device(device)
-    rows: list[Row] = []
-    for length in lengths:
-        torch.manual_seed(0)
-        plain = nn.MultiheadAttention(width, heads, batch_first=True, device=place)
-        default = MultiheadAttention(width, heads, batch_first=True, device=place)
-        hashing = MultiheadAttention(width, heads, batch_first=True, device=place, full_attention_threshold=0)
-        x = torch.randn(1, length, width, device=place, requires_grad=True)
-        modules = {"nn.MultiheadAttention": plain, "default": default, "LSH": hashing}
-        steps = {}
-        for name, module in modules.items():
-            module.load_state_dict(plain.state_dict())
-            steps[name] = _layer_step(functools.partial(_attend_to_itself, module), module, x, dtype)
-        about = {"length": length, "width": width, "heads": heads}
-        rows += compare(steps, "nn.MultiheadAttention", budget=budget, repeats=repeats, device=place, **about)
-    return rows
+    return module_call(name, sizes, attend, hidden_states(sizes, sizes.width, dtype), autocast=True)
 
 
-def bench_encoder(
-    length: int = 32768,
-    layers: int = 6,
-    width: int = 512,
-    heads: int = 8,
-    *,
-    budget: float = 60.0,
-    repeats: int = 3,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> list[Row]:
-    """`nn.TransformerEncoder`, before and after `replace_attention`, in training."""
-    torch.manual_seed(0)
-    place = torch.device(device)
-    layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True, device=place)
-    before = nn.TransformerEncoder(layer, layers)
-    after = copy.deepcopy(before)
-    replace_attention(after)
-    x = torch.randn(1, length, width, device=place, requires_grad=True)
-    steps = {
-        name: _layer_step(model, model, x, dtype)
-        for name, model in (("nn.TransformerEncoder", before), ("replace_attention", after))
-    }
-    about = {"length": length, "layers": layers, "width": width, "heads": heads}
-    return compare(steps, "nn.TransformerEncoder", budget=budget, repeats=repeats, device=place, **about)
+def check_multihead_attention(sizes: Sizes, calls: Calls) -> Iterator[Agreement]:
+    """Where all outputs are those of full attention, whether ours are those of torch's."""
+    short = min(sizes.length, 32)
+    x = hidden_states(sizes, sizes.width, weight_dtype(sizes))[:, :short]
+    with seeded(), torch.no_grad():
+        theirs = nn.MultiheadAttention(sizes.width, sizes.heads, batch_first=True, device=x.device).to(
+            x.dtype
+        )
+        ours = MultiheadAttention(sizes.width, sizes.heads, batch_first=True, device=x.device).to(x.dtype)
+        ours.load_state_dict(theirs.state_dict())
+        error = relative_error(ours(x, x, x, need_weights=False)[0], theirs(x, x, x, need_weights=False)[0])
+    name = f"nn.MultiheadAttention, first {short} tokens"
+    yield Agreement(name, "largest output difference", error, TOLERANCE[x.dtype])
 
 
-def _attend_to_itself(module: nn.Module, x: Tensor) -> Tensor:
-    result: Tensor = module(x, x, x, need_weights=False)[0]
-    return result
+def build_encoder(name: str, sizes: Sizes) -> Call:
+    """`nn.TransformerEncoder` in training, before and after `replace_attention`."""
+    with seeded():
+        layer = nn.TransformerEncoderLayer(
+            sizes.width, sizes.heads, 4 * sizes.width, dropout=0.0, batch_first=True
+        )
+    model = nn.TransformerEncoder(layer, sizes.layers)
+    if name == "replace_attention":
+        replace_attention(model, config=_config(sizes))
+    elif name != "nn.TransformerEncoder":
+        raise KeyError(name)
+    dtype = weight_dtype(sizes)
+    model.to(sizes.device, dtype)
+    return module_call(name, sizes, model, hidden_states(sizes, sizes.width, dtype), autocast=True)
 
 
-def _layer_step(call: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, dtype: torch.dtype) -> Step:
-    grad = torch.randn_like(x)
-
-    def step() -> Sequence[Tensor]:
-        with _autocast(x.device, dtype):
-            y = call(x)
-        y.backward(grad.to(y.dtype))
-        module.zero_grad(set_to_none=False)
-        assert x.grad is not None
-        found, x.grad = x.grad, None
-        return [y, found]
-
-    return step
-
-
-def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    if dtype in (torch.bfloat16, torch.float16):
-        return torch.autocast(device.type, dtype)
-    return nullcontext()
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without the warnings about choosing the number of buckets, which it does as it always does."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def _config(sizes: Sizes) -> LSHConfig:
+    return LSHConfig(n_hashes=sizes.n_hashes, chunk_length=sizes.chunk_length)

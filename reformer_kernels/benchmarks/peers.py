@@ -1,14 +1,15 @@
 """The peers as callables on the same tensors: torch SDPA and its back ends, Hugging Face, reformer_pytorch.
 
 Each is timed on the attention alone. Hugging Face's layer includes its projections, so they are replaced by
-modules that hand over given queries and values; everything after them is its own code, unchanged.
-Nothing here is imported unless a peer is asked for.
+modules that hand over prepared queries and values; everything after them is its own code, unchanged.
+A peer's package is imported only when that peer is used.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reformer_kernels.benchmarks.machine import version_of
-from reformer_kernels.benchmarks.problem import Problem
+from reformer_kernels.benchmarks.sizes import Sizes
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,16 @@ class Peer:
     package: str
     module: str
     preset: str | None
-    """Our preset that computes the same, None where no rule of ours does."""
+    """Our preset that computes the same; None for full attention."""
     device: str | None = None
-    """The only kind of device that it is compared on, where there is one."""
+    """The only kind of device that it is compared on; None for any."""
 
     @property
     def install_command(self) -> str:
         return f"pip install {self.package}"
 
     def missing(self) -> str | None:
-        """Why the peer cannot run and the command that mends it; None where it can."""
+        """Why the peer cannot run, with the command that installs it; None where it can run."""
         if version_of(self.package) is None:
             return f"{self.title} is not installed; install it with: {self.install_command}"
         try:
@@ -52,7 +53,7 @@ class Peer:
 
 
 FULL_ATTENTION = {"sdpa": "torch SDPA", "flash": "SDPA flash", "cudnn": "SDPA cuDNN"}
-"""Peers that attend to everything: torch's own choice, and its back ends for NVIDIA GPUs by name."""
+"""Peers that compute full attention: torch's own choice, and its back ends for NVIDIA GPUs by name."""
 
 _SDPA_BACKENDS = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
 
@@ -70,39 +71,65 @@ PEERS = {
 
 
 class PeerRefusesError(Exception):
-    """A peer that is installed cannot take this problem; the message says why."""
+    """A peer is installed but cannot run these sizes; the message says why."""
+
+
+def need_multiple(title: str, length: int, of: int, what: str) -> None:
+    """Raises PeerRefusesError where the length is not a multiple of `of`, which `what` names."""
+    if length % of:
+        raise PeerRefusesError(f"{title} needs a length that is a multiple of {what} ({of}), got {length}")
+
+
+def axial_shape(length: int) -> tuple[int, int]:
+    """The most nearly square shape with `length` elements, for axial position embeddings."""
+    rows = max(d for d in range(1, math.isqrt(length) + 1) if length % d == 0)
+    return rows, length // rows
 
 
 @contextmanager
 def own_generator(seed: int | None) -> Iterator[None]:
-    """Both Reformer peers draw rotations from torch's global generator: lend it to them and put it back."""
+    """Both Reformer peers draw rotations from torch's global generator: let them, and restore it after."""
     with torch.random.fork_rng():
         if seed is not None:
             torch.manual_seed(seed)
         yield
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silences the warning that transformers gives whenever it chooses the number of buckets."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 class FullAttention:
     """`scaled_dot_product_attention`, with torch's choice of back end or the one named.
 
     Raises:
-        PeerRefusesError: that back end cannot take such tensors.
+        PeerRefusesError: the back end cannot run such tensors.
     """
 
-    def __init__(self, name: str, problem: Problem) -> None:
-        self.causal = problem.causal
+    def __init__(self, name: str, sizes: Sizes) -> None:
+        self.causal = sizes.causal
         self.backend = _SDPA_BACKENDS.get(name)
         if self.backend is None:
             return
-        shape = (1, 1, 16, problem.head_dim)
-        row = torch.zeros(shape, dtype=problem.torch_dtype, device=problem.device, requires_grad=True)
+        shape = (1, 1, 16, sizes.head_dim)
+        row = torch.zeros(shape, dtype=sizes.torch_dtype, device=sizes.device, requires_grad=True)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # reasons, one a back end; the error has to do
+                warnings.simplefilter(
+                    "ignore"
+                )  # torch warns of each back end's reason; the error says enough
                 self.attend(row, row, row).sum().backward()
         except RuntimeError as error:
             raise PeerRefusesError(
-                f"{name} cannot take {problem.dtype} with heads of {problem.head_dim} on {problem.device} "
+                f"{name} cannot take {sizes.dtype} with heads of {sizes.head_dim} on {sizes.device} "
                 f"({str(error).splitlines()[0]})"
             ) from error
 
@@ -112,58 +139,50 @@ class FullAttention:
             return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
 
 
-class _Given(nn.Module):
-    """In a projection's place: the tensor it is told to give."""
+class _Prepared(nn.Module):
+    """Stands in a projection's place and returns a prepared tensor."""
 
-    given: Tensor
+    output: Tensor
 
     def forward(self, _: Tensor) -> Tensor:
-        return self.given
+        return self.output
 
 
 class HuggingFace:
-    """`transformers`' LSHSelfAttention without its projections, at its own choice of buckets.
+    """transformers' LSHSelfAttention without its projections, with its own choice of buckets.
 
     qk and v are (B, L, H * D), as its projections would write them.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        if problem.length > problem.chunk_length and problem.length % problem.chunk_length:
-            raise PeerRefusesError(
-                f"Hugging Face's layer needs a length that is a multiple of the chunk length "
-                f"({problem.chunk_length}), got {problem.length}"
-            )
+    def __init__(self, sizes: Sizes) -> None:
+        if sizes.length > sizes.chunk_length:
+            need_multiple("Hugging Face's layer", sizes.length, sizes.chunk_length, "the chunk length")
         from transformers import ReformerConfig
         from transformers.models.reformer import modeling_reformer
 
-        self.problem = problem
+        self.sizes = sizes
         config = ReformerConfig(
-            hidden_size=problem.heads * problem.head_dim,
-            num_attention_heads=problem.heads,
-            attention_head_size=problem.head_dim,
+            hidden_size=sizes.heads * sizes.head_dim,
+            num_attention_heads=sizes.heads,
+            attention_head_size=sizes.head_dim,
             attn_layers=["lsh"],
-            lsh_attn_chunk_length=problem.chunk_length,
+            lsh_attn_chunk_length=sizes.chunk_length,
             lsh_num_chunks_before=1,
             lsh_num_chunks_after=0,
             lsh_attention_probs_dropout_prob=0.0,
-            num_hashes=problem.n_hashes,
+            num_hashes=sizes.n_hashes,
             num_buckets=None,
-            max_position_embeddings=problem.length,
-            is_decoder=problem.causal,
+            max_position_embeddings=sizes.length,
+            is_decoder=sizes.causal,
             hash_seed=None,
         )
         layer: Any = modeling_reformer.LSHSelfAttention(config)
-        layer.query_key = _Given()
-        layer.value = _Given()
-        self.layer = layer.to(problem.device)
-        if problem.length > problem.chunk_length:
-            logger = logging.getLogger("transformers.models.reformer.modeling_reformer")
-            level = logger.level
-            logger.setLevel(logging.ERROR)  # it warns of choosing the number of buckets, as it always does
-            try:
-                self.layer._set_num_buckets(problem.length)
-            finally:
-                logger.setLevel(level)
+        layer.query_key = _Prepared()
+        layer.value = _Prepared()
+        self.layer = layer.to(sizes.device)
+        if sizes.length > sizes.chunk_length:
+            with quiet_transformers():
+                self.layer._set_num_buckets(sizes.length)
 
     @property
     def factors(self) -> tuple[int, ...]:
@@ -171,74 +190,63 @@ class HuggingFace:
         return (buckets,) if isinstance(buckets, int) else tuple(buckets)
 
     def rotations_shape(self) -> tuple[int, ...]:
-        problem = self.problem
-        return (problem.heads, problem.head_dim, problem.n_hashes, sum(self.factors) // 2)
+        sizes = self.sizes
+        return (sizes.heads, sizes.head_dim, sizes.n_hashes, sum(self.factors) // 2)
 
     def hash(self, qk: Tensor) -> Tensor:
-        """Bucket ids (B, H, R, L) without its per-round offsets, of qk (B, L, H * D)."""
-        return self.without_offsets(self.layer._hash_vectors(self.heads(qk), self.problem.n_hashes, None))
+        """Bucket ids (B, H, R, L) of qk (B, L, H * D), without the offset that it adds in each round."""
+        return self.without_offsets(self.layer._hash_vectors(self.heads(qk), self.sizes.n_hashes, None))
 
     def without_offsets(self, buckets: Tensor) -> Tensor:
-        problem = self.problem
-        shape = (problem.batch, problem.heads, problem.n_hashes, problem.length)
-        return buckets.reshape(shape) % _product(self.factors)
+        sizes = self.sizes
+        shape = (sizes.batch, sizes.heads, sizes.n_hashes, sizes.length)
+        return buckets.reshape(shape) % math.prod(self.factors)
 
     def heads(self, flat: Tensor) -> Tensor:
-        problem = self.problem
-        return flat.view(problem.batch, problem.length, problem.heads, problem.head_dim).transpose(1, 2)
+        sizes = self.sizes
+        return flat.view(sizes.batch, sizes.length, sizes.heads, sizes.head_dim).transpose(1, 2)
 
     def attend(self, qk: Tensor, v: Tensor, buckets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Output (B, L, H * D) and its buckets; hashing is skipped where buckets are given."""
-        self.layer.query_key.given = qk
-        self.layer.value.given = v
+        """The output (B, L, H * D) and the buckets; it does not hash where buckets are passed in."""
+        self.layer.query_key.output = qk
+        self.layer.value.output = v
         result = self.layer(qk, buckets=buckets)
-        self.layer.query_key.given = self.layer.value.given = None
+        self.layer.query_key.output = self.layer.value.output = None
         return result.hidden_states, result.buckets
 
 
 class Lucidrains:
     """`reformer_pytorch.LSHAttention` with its defaults; qk and v are (B * H, L, D)."""
 
-    def __init__(self, problem: Problem) -> None:
-        if problem.length % (2 * problem.chunk_length):
-            raise PeerRefusesError(
-                f"reformer_pytorch needs a length that is a multiple of twice the chunk length "
-                f"({2 * problem.chunk_length}), got {problem.length}"
-            )
+    def __init__(self, sizes: Sizes) -> None:
+        need_multiple("reformer_pytorch", sizes.length, 2 * sizes.chunk_length, "twice the chunk length")
         from reformer_pytorch import LSHAttention
 
-        self.problem = problem
+        self.sizes = sizes
         self.layer: Any = LSHAttention(
-            bucket_size=problem.chunk_length, n_hashes=problem.n_hashes, causal=problem.causal
-        ).to(problem.device)
+            bucket_size=sizes.chunk_length, n_hashes=sizes.n_hashes, causal=sizes.causal
+        ).to(sizes.device)
         # In training mode it keeps the buckets of its last call alive, for reversible layers.
         self.layer.eval()
 
     @property
     def factors(self) -> tuple[int, ...]:
-        return (self.problem.length // self.problem.chunk_length,)
+        return (self.sizes.length // self.sizes.chunk_length,)
 
     def rotations_shape(self) -> tuple[int, ...]:
-        problem = self.problem
-        return (1, problem.head_dim, problem.n_hashes, sum(self.factors) // 2)
+        sizes = self.sizes
+        return (1, sizes.head_dim, sizes.n_hashes, sum(self.factors) // 2)
 
     def hash(self, qk: Tensor) -> Tensor:
-        """Bucket ids (B, H, R, L) without its per-round offsets, of qk (B * H, L, D)."""
+        """Bucket ids (B, H, R, L) of qk (B * H, L, D), without the offset that it adds in each round."""
         return self.without_offsets(self.layer.hash_vectors(self.factors[0], qk, set_cache=False))
 
     def without_offsets(self, buckets: Tensor) -> Tensor:
-        problem = self.problem
-        shape = (problem.batch, problem.heads, problem.n_hashes, problem.length)
-        return buckets.reshape(shape) % _product(self.factors)
+        sizes = self.sizes
+        shape = (sizes.batch, sizes.heads, sizes.n_hashes, sizes.length)
+        return buckets.reshape(shape) % math.prod(self.factors)
 
     def attend(self, qk: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Output (B * H, L, D) and its buckets."""
+        """The output (B * H, L, D) and the buckets."""
         out, _, buckets = self.layer(qk, v)
         return out, buckets
-
-
-def _product(factors: tuple[int, ...]) -> int:
-    result = 1
-    for factor in factors:
-        result *= factor
-    return result

@@ -1,7 +1,7 @@
 """The one timing harness: warm-up, interleaved repeats, median and spread.
 
 Tests, the command line and bench/ all time through `interleave`, so that a ratio always compares calls that
-took turns (A B A B ...) in one process, on one machine, in one state.
+ran alternately (A B A B ...) in one process, on one machine, in one state.
 """
 
 from __future__ import annotations
@@ -15,30 +15,19 @@ from typing import Any
 import torch
 
 Seconds = float | Callable[[], float]
-"""A time, or what waits for the device and tells it."""
+"""A time in seconds, or a function that waits for the device and returns it."""
 
 SHORTEST_SAMPLE = 0.004
-"""Seconds: calls shorter than this are repeated within a sample, so that the clock's grain does not show."""
+"""Seconds. Calls shorter than this are repeated within a sample, so that the clock is fine enough."""
 
 QUICK_CALL = 0.1
-"""Seconds: a call shorter than this is run once, untimed, before each sample, since its turn comes with
-caches that the other calls have filled."""
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The percentile by linear interpolation between the two nearest values."""
-    if not values:
-        raise ValueError("percentile of no values")
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * percent / 100
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+"""Seconds. A call shorter than this is run once, untimed, before each sample, because the calls before it
+have filled the caches with their own data."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Seconds a call: the median of n samples and their 20th and 80th percentiles."""
+    """Seconds of one call: the median of n samples and their 20th and 80th percentiles."""
 
     n: int
     p20: float
@@ -47,15 +36,21 @@ class Spread:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Spread:
-        return cls(len(samples), *(percentile(samples, p) for p in (20, 50, 80)))
+        """Percentiles interpolate linearly between samples; ValueError where there is none."""
+        if not samples:
+            raise ValueError("a spread needs at least one sample")
+        percentiles = torch.tensor(samples, dtype=torch.float64).quantile(
+            torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+        )
+        return cls(len(samples), *percentiles.tolist())
 
 
 @dataclass
-class Case:
-    """A call to be timed: `run` does the work once and returns the seconds of each of its phases.
+class Timed:
+    """A call under the clock: `run` does the work once and returns the seconds of each of its phases.
 
-    On a GPU they are asked for only when the whole sample is under way, so that the device need not wait for
-    the host between calls.
+    On a GPU the seconds are read only when the whole sample is under way, so that the device need not wait
+    for the host between calls.
     """
 
     run: Callable[[], Mapping[str, Seconds]]
@@ -63,21 +58,21 @@ class Case:
     spent: float = 0.0
     calls_per_sample: int = 1
     warm_up_seconds: float = 0.0
-    warmed_by: Case | None = None
-    """A case of the same call: where it is slow, its warm-up does for both."""
+    warmed_by: Timed | None = None
+    """Another phase of the same call: where that is slow, its warm-up serves for both."""
 
     @property
     def n(self) -> int:
         return max((len(values) for values in self.samples.values()), default=0)
 
     def warm_up(self, slow: float) -> None:
-        """Run untimed: twice where the call is quick, since the first call also allocates and loads."""
+        """Run untimed, twice where the call is quick, since the first call also allocates and loads."""
         if self.warmed_by is not None and self.warmed_by.warm_up_seconds > slow:
             self.warm_up_seconds = self.warmed_by.warm_up_seconds
             return
         for _ in range(2):
             start = perf_counter()
-            _told(self.run())
+            _read(self.run())
             self.warm_up_seconds = perf_counter() - start
             if self.warm_up_seconds > slow:
                 break
@@ -89,7 +84,7 @@ class Case:
             self.run()
         totals: dict[str, float] = {}
         for call in [self.run() for _ in range(self.calls_per_sample)]:
-            for phase, seconds in _told(call).items():
+            for phase, seconds in _read(call).items():
                 totals[phase] = totals.get(phase, 0.0) + seconds
         for phase, seconds in totals.items():
             self.samples.setdefault(phase, []).append(seconds / self.calls_per_sample)
@@ -100,34 +95,34 @@ class Case:
 
 
 def interleave(
-    cases: Sequence[Case],
+    calls: Sequence[Timed],
     *,
     budget: float,
     max_repeats: int,
-    progress: Callable[[int], None] = lambda case: None,
+    progress: Callable[[int], None] = lambda index: None,
 ) -> None:
-    """Time every case in turns until each has `max_repeats` samples or has used `budget` seconds.
+    """Sample all calls alternately until each has `max_repeats` samples or has used `budget` seconds.
 
-    Every case gets at least one sample, however slow; `progress` hears the index of the case about to run.
+    Every call gets at least one sample, however slow; `progress` gets the index of the call about to run.
     """
-    for index, case in enumerate(cases):
+    for index, call in enumerate(calls):
         progress(index)
-        case.warm_up(budget / 4)
+        call.warm_up(budget / 4)
     for _ in range(max_repeats):
-        for index, case in enumerate(cases):
-            # A slow case stops early enough not to overrun its budget by a whole call.
-            if case.n and case.spent + case.spent / case.n > budget:
+        for index, call in enumerate(calls):
+            # A slow call stops early enough not to overrun its budget by a whole call.
+            if call.n and call.spent + call.spent / call.n > budget:
                 continue
             progress(index)
-            case.sample()
+            call.sample()
 
 
-def _told(phases: Mapping[str, Seconds]) -> dict[str, float]:
+def _read(phases: Mapping[str, Seconds]) -> dict[str, float]:
     return {phase: seconds() if callable(seconds) else seconds for phase, seconds in phases.items()}
 
 
 def mark(device: torch.device) -> Any:
-    """This place in the work of `device`: a CUDA event on the current stream, or the time on the CPU."""
+    """This moment in the work of `device`: a CUDA event on the current stream, or the time on the CPU."""
     if device.type != "cuda":
         return perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -153,6 +148,6 @@ def synchronize(device: torch.device) -> None:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, once the device has done all it was given."""
+    """Seconds, read when the device has finished all its work."""
     synchronize(device)
     return perf_counter()

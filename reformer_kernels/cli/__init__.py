@@ -25,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",  # wraps the docstrings to the terminal
 )
 app.command()(info)
-app.command()(bench)
+app.add_typer(bench, name="bench")
 app.command()(inspect)
 app.command()(train)
 app.command()(generate)

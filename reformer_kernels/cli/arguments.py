@@ -1,4 +1,4 @@
-"""Checks of command-line arguments: the value, or the end of the command with a reason and exit code 2."""
+"""Checks of command-line arguments: each returns the value, or ends the command with the reason."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from reformer_kernels._backend import resolve_backend
 BACKENDS = ("auto", "reference", "native", "triton")
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as in a shell, so that a script sees that the work was cut off."""
+FILE_WIDTH = 180
+"""Columns of tables that are written to a file or a pipe."""
 
 Number = TypeVar("Number", int, float)
 
 
 def usage_error(message: str) -> typer.BadParameter:
-    """To be raised: printed as the command's own message, exit code 2, no traceback."""
+    """An error to raise: its message is printed without a traceback, and the exit code is 2."""
     return typer.BadParameter(message)
 
 
@@ -50,25 +52,41 @@ def choice(name: str, value: str, accepted: Sequence[str]) -> str:
 
 
 def choices(name: str, text: str, accepted: Sequence[str]) -> tuple[str, ...]:
-    """Words separated by commas, each accepted; "none" or nothing: no words."""
+    """Accepted words separated by commas; "none", or an empty text, means no word."""
     words = [word.strip() for word in text.split(",") if word.strip()]
     if words in ([], ["none"]):
         return ()
     return tuple(dict.fromkeys(choice(name, word, accepted) for word in words))
 
 
-def live_backend(backend: str, device: str, dtype: torch.dtype) -> str:
-    """The name of a back end that runs here on that device and dtype; "auto" is left as it is."""
+def device(name: str) -> str:
+    """The name of a device that torch finds."""
+    try:
+        parsed = torch.device(name)
+    except RuntimeError:
+        raise usage_error(f"--device must be cpu, cuda or cuda:N, got {name!r}") from None
+    if parsed.type not in ("cpu", "cuda"):
+        raise usage_error(f"--device must be cpu, cuda or cuda:N, got {name!r}")
+    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
+        raise usage_error(
+            f"--device {name}: torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices; "
+            "'reformer-kernels info' lists what runs here"
+        )
+    return name
+
+
+def usable_backend(backend: str, device_name: str, dtype: torch.dtype) -> str:
+    """The name of a back end that runs here on that device and dtype; "auto" stays "auto"."""
     choice("--backend", backend, BACKENDS)
     try:
-        resolve_backend(backend, torch.device(device), dtype)
+        resolve_backend(backend, torch.device(device_name), dtype)
     except (RuntimeError, ValueError) as error:
         raise usage_error(f"--backend {backend}: {error}") from error
     return backend
 
 
 def writable_file(name: str, path: Path | None) -> None:
-    """Refuse early, before minutes of work, a file that could not be written at the end."""
+    """Refuse, before minutes of work, a file that could not be written at the end."""
     if path is None:
         return
     if path.is_dir():
@@ -77,14 +95,19 @@ def writable_file(name: str, path: Path | None) -> None:
         raise usage_error(f"{name}: the folder {path.absolute().parent} does not exist")
 
 
-def new_console() -> Console:
-    """Standard output; where it is no terminal (a file, a pipe), wide enough for every column."""
+def new_console(most: int | None = None) -> Console:
+    """Standard output, at most `most` columns wide, and never wider than the terminal.
+
+    Where it is no terminal (a file, a pipe), it has `most` columns, or enough for every table.
+    """
     console = Console()
-    return console if console.is_terminal else Console(width=180)
+    if not console.is_terminal:
+        return Console(width=most or FILE_WIDTH)
+    return console if most is None else Console(width=min(most, console.width))
 
 
 def printable(data: bytes | str) -> str:
-    """Text for a terminal: no control characters but newlines and tabs."""
+    """Text for a terminal, without control characters other than newlines and tabs."""
     text = data.decode("utf-8", errors="replace") if isinstance(data, bytes) else data
     return "".join(
         letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in text

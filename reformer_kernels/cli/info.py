@@ -1,4 +1,4 @@
-"""`reformer-kernels info`: what is live on this machine, and why the rest is not."""
+"""`reformer-kernels info`: what runs on this machine, and why the rest does not."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from reformer_kernels.benchmarks import machine
 from reformer_kernels.cli.arguments import new_console
 
 EVERYTHING, SORT = "all operations", "bucket_sort"
-# back end, device, language, what it covers
-PLACES = (
+
+BACKENDS = (
     ("reference", "cpu", "PyTorch", EVERYTHING),
     ("native", "cpu", "C++", EVERYTHING),
     ("native", "cuda", "CUDA C++", SORT),
     ("triton", "cuda", "Triton", EVERYTHING),
 )
+"""Each back end with its device, its language and what it covers."""
 
 
-def _try(backend: str, device: str, covers: str) -> None:
-    """RuntimeError with the reason where a back end cannot run."""
+def _check_runs(backend: str, device: str, covers: str) -> None:
+    """Raises an error that says why where a back end cannot run."""
     if covers == SORT and _native.CUDA_MISSING is not None:
         raise RuntimeError(f"{_native.CUDA_MISSING}; bucket_sort on CUDA tensors takes torch.sort")
     if device == "cuda" and not torch.cuda.is_available():
@@ -38,12 +39,12 @@ def _try(backend: str, device: str, covers: str) -> None:
 
 
 def gather() -> dict[str, Any]:
-    """The facts that `info` prints."""
+    """What `info` prints, as plain values."""
     native = _native.info()
     backends = []
-    for backend, device, language, covers in PLACES:
+    for backend, device, language, covers in BACKENDS:
         try:
-            _try(backend, device, covers)
+            _check_runs(backend, device, covers)
             reason = None
         except (RuntimeError, ValueError, NotImplementedError) as error:
             reason = str(error)
@@ -53,7 +54,7 @@ def gather() -> dict[str, Any]:
                 "device": device,
                 "language": language,
                 "covers": covers,
-                "live": reason is None,
+                "available": reason is None,
                 "reason": reason,
             }
         )
@@ -97,11 +98,11 @@ def info(
     table.add_row("GPU", ", ".join(facts["gpus"]) or "none that torch finds")
     console.print(table, highlight=False)
     backends = Table()
-    for title in ("back end", "device", "language", "covers", "live", "why not"):
+    for title in ("back end", "device", "language", "covers", "runs here", "why not"):
         backends.add_column(title, overflow="fold")
     for row in facts["backends"]:
-        live = "[green]yes[/]" if row["live"] else "[red]no[/]"
+        runs = "[green]yes[/]" if row["available"] else "[red]no[/]"
         backends.add_row(
-            row["backend"], row["device"], row["language"], row["covers"], live, row["reason"] or ""
+            row["backend"], row["device"], row["language"], row["covers"], runs, row["reason"] or ""
         )
     console.print(backends)

@@ -24,10 +24,10 @@ from rich.text import Text as RichText
 from reformer_kernels._limits import MAX_HEAD_DIM
 from reformer_kernels.cli.arguments import (
     INTERRUPTED,
-    live_backend,
     new_console,
     positive,
     printable,
+    usable_backend,
     usage_error,
 )
 from reformer_kernels.training.checkpoint import Recipe, read_checkpoint
@@ -118,7 +118,7 @@ def train(
         raise usage_error(f"--sample-length must be at least 0, got {sample_length}")
     if not 0 <= (seed or 0) < 2**40:
         raise usage_error(f"--seed must be from 0 to 2**40 - 1, got {seed}")
-    live_backend(backend, "cpu", torch.float32)
+    usable_backend(backend, "cpu", torch.float32)
     if checkpoint is not None:
         _check_folder(checkpoint)
     if threads is not None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reformer_kernels.benchmarks.allocations import peak_allocated
+from reformer_kernels.benchmarks.memory import peak_allocated
 from reformer_kernels.functional import chunked_feed_forward
 from reformer_kernels.modules.feed_forward import ChunkedFeedForward
 from reformer_kernels.ops.feed_forward.activations import ACTIVATIONS

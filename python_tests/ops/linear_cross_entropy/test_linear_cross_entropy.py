@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reformer_kernels.benchmarks.allocations import peak_allocated
+from reformer_kernels.benchmarks.memory import peak_allocated
 from reformer_kernels.functional import linear_cross_entropy
 from reformer_kernels.ops.linear_cross_entropy.reference import linear_cross_entropy as reference
 
