@@ -3,7 +3,14 @@
 from reformer_kernels import functional
 from reformer_kernels.config import LSHConfig
 from reformer_kernels.layout import Layout
-from reformer_kernels.models import Reformer, ReformerConfig, ReformerEncoderDecoder, ReformerLM
+from reformer_kernels.models import (
+    Reformer,
+    ReformerClassifier,
+    ReformerConfig,
+    ReformerEncoderDecoder,
+    ReformerLM,
+    ReformerQuestionAnswering,
+)
 from reformer_kernels.modules import (
     AxialPositionalEmbedding,
     ChunkedFeedForward,
@@ -24,9 +31,11 @@ __all__ = [
     "LocalSelfAttention",
     "MultiheadAttention",
     "Reformer",
+    "ReformerClassifier",
     "ReformerConfig",
     "ReformerEncoderDecoder",
     "ReformerLM",
+    "ReformerQuestionAnswering",
     "ReplacementReport",
     "ReversibleBlock",
     "ReversibleSequence",
