@@ -12,7 +12,7 @@ from torch import Tensor
 from reformer_kernels import Layout, LSHConfig, _native
 from reformer_kernels import functional as F
 from reformer_kernels.ops.attention import reference
-from reformer_kernels.ops.attention.arguments import Arguments
+from reformer_kernels.ops.attention.op import Arguments
 from reformer_kernels.testing import TOLERANCE, normal, relative_error
 
 NATIVE = pytest.param(

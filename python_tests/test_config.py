@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from reformer_kernels import LSHConfig
+from reformer_kernels.call import self_attention_rule
 from reformer_kernels.config import (
     AUTOMATIC_ROTATION_WIDTH,
     automatic_factors,
 )
-from reformer_kernels.rule import AttentionRule, self_attention_rule
+from reformer_kernels.rule import AttentionRule
 
 
 @pytest.mark.parametrize(

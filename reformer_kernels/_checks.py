@@ -1,4 +1,7 @@
-"""Checks of the public functions' arguments: what was given, what is accepted, what to do."""
+"""Checks of the public functions' arguments, which they also cast as autocast asks.
+
+Every error says what was given, what is accepted and what to do.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from reformer_kernels import _autocast
 from reformer_kernels._limits import FLOAT_DTYPES, MAX_HEAD_DIM, MAX_LENGTH
 from reformer_kernels.config import LSHConfig, check_integer
 from reformer_kernels.layout import Layout
@@ -51,6 +53,19 @@ def check_rows(name: str, x: Any) -> Tensor:
     return x
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for tensors of this device type. Autocast knows no meta device."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """`x` in the autocast dtype where autocast is on for its device. float64 stays, as in torch's own."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
 def check_qkv(
     q: Tensor,
     v: Tensor,
@@ -68,7 +83,7 @@ def check_qkv(
         check_rows(names[2], k)
         others.append((names[2], k))
     for name, x in others:
-        if x.dtype != q.dtype and not _autocast.enabled(q.device.type):
+        if x.dtype != q.dtype and not autocast_enabled(q.device.type):
             raise TypeError(
                 f"{names[0]} and {name} must have one dtype, got {q.dtype} and {x.dtype}; "
                 f"convert with {name}.to({names[0]}.dtype)"
@@ -94,7 +109,7 @@ def check_qkv(
             )
     elif k is not None and k.shape != q.shape:
         raise ValueError(f"q and k must have one shape, got {tuple(q.shape)} and {tuple(k.shape)}")
-    q, v, k = _autocast.cast(q), _autocast.cast(v), None if k is None else _autocast.cast(k)
+    q, v, k = autocast(q), autocast(v), None if k is None else autocast(k)
     for name, x in ((names[1], v), (names[2], k)):
         if x is not None and x.dtype != q.dtype:
             raise TypeError(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from reformer_kernels._backend import resolve_backend, resolve_sort_backend
 from reformer_kernels._random import Seed, resolve_seed
-from reformer_kernels.config import LSHConfig
-from reformer_kernels.rule import AttentionRule, cross_attention_rule, self_attention_rule
+from reformer_kernels.config import KEY_NORMS, LSHConfig
+from reformer_kernels.rule import AttentionRule
 
 
 class AttentionCall(NamedTuple):
@@ -147,6 +147,63 @@ def _call(
         mask=mask,
         dropout_p=float(dropout_p),
         seed=resolve_seed(seed) if dropout_p > 0 or (draws_rotations and hashed) else None,
+    )
+
+
+def self_attention_rule(config: LSHConfig, length: int, *, shared_qk: bool = True) -> AttentionRule:
+    """The rule of `config` for sequences of `length` tokens that attend to themselves.
+
+    Only whether `length` fits one chunk matters (`LSHConfig.is_short`), so one rule serves many lengths.
+    Shared query-keys exclude themselves, because a shared query-key always matches itself best. Without
+    `shared_qk`, keys are given apart from the queries and a query may see its own position, as in ordinary
+    attention.
+    """
+    short = config.is_short(length)
+    by_bucket = config.window == "bucket"
+    window = config.window_size if by_bucket else 0
+    window_before, window_after = (window, 0) if config.causal else (window // 2, window - window // 2)
+    by_chunks = not (short or by_bucket)
+    return AttentionRule(
+        rank_window=by_bucket,
+        chunk_length=config.chunk_length,
+        chunks_before=config.chunks_before if by_chunks else 0,
+        chunks_after=config.chunks_after if by_chunks else 0,
+        window_before=window_before,
+        window_after=window_after,
+        bucket_mask=by_bucket or not (short or config.attend_across_buckets),
+        causal=config.causal,
+        exclude_self=shared_qk,
+        correct_duplicates=config.correct_duplicates,
+        ring=config.ring == "rounds" and by_chunks,
+        key_norm=KEY_NORMS.index(config.key_norm),
+    )
+
+
+def cross_attention_rule(config: LSHConfig, key_length: int) -> AttentionRule:
+    """The rule of `config` for queries and keys that are sorted apart: windows around cursors.
+
+    Only whether the keys fit one window matters (`LSHConfig.sees_all_keys`), so one rule serves many lengths.
+    """
+    every, window = config.sees_all_keys(key_length), config.window_size
+    if config.causal:
+        window_before, window_after = window, 0
+    elif every:
+        window_before, window_after = window, window
+    else:
+        window_before, window_after = window // 2, window - window // 2
+    return AttentionRule(
+        rank_window=True,
+        chunk_length=config.chunk_length,
+        chunks_before=0,
+        chunks_after=0,
+        window_before=window_before,
+        window_after=window_after,
+        bucket_mask=config.window == "bucket" or not (every or config.attend_across_buckets),
+        causal=config.causal,
+        exclude_self=False,
+        correct_duplicates=config.correct_duplicates,
+        ring=False,
+        key_norm=KEY_NORMS.index("none"),
     )
 
 

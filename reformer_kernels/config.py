@@ -238,6 +238,30 @@ class LSHConfig:
         return AUTOMATIC_ROTATION_WIDTH
 
 
+def local_attention_config(
+    chunk_length: int,
+    chunks_before: int,
+    chunks_after: int,
+    *,
+    causal: bool,
+    ring: bool,
+    scale: float | None = None,
+) -> LSHConfig:
+    """Local attention as a configuration: one round in order of position, see `local_attention`."""
+    return LSHConfig(
+        n_hashes=1,
+        chunk_length=chunk_length,
+        chunks_before=chunks_before,
+        chunks_after=chunks_after,
+        causal=causal,
+        attend_across_buckets=True,
+        correct_duplicates=False,
+        ring="rounds" if ring else "none",
+        key_norm="none",
+        scale=scale,
+    )
+
+
 def check_integer(name: str, value: Any, low: int, high: int, *, or_else: str = "") -> None:
     """Raises ValueError unless `value` is an int (not a bool) in [low, high]."""
     if not _is_integer(value) or not low <= value <= high:

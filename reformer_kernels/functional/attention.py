@@ -18,7 +18,7 @@ from reformer_kernels._checks import (
 )
 from reformer_kernels._random import Seed
 from reformer_kernels.call import cross_attention_call, self_attention_call
-from reformer_kernels.config import LSHConfig, check_flag
+from reformer_kernels.config import LSHConfig, check_flag, local_attention_config
 from reformer_kernels.functional.hashing import (
     LayoutPair,
     layout_by_position,
@@ -27,7 +27,6 @@ from reformer_kernels.functional.hashing import (
 )
 from reformer_kernels.layout import Layout
 from reformer_kernels.ops.attention.op import attention
-from reformer_kernels.rule import local_attention_config
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

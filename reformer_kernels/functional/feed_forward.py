@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reformer_kernels import _autocast
-from reformer_kernels._checks import check_dropout
+from reformer_kernels._checks import autocast, check_dropout
 from reformer_kernels._random import Seed, resolve_seed
 from reformer_kernels.functional.chunk_arguments import check_device, check_floating, rows_per_chunk
 from reformer_kernels.ops.feed_forward import op as op  # registers the operators
@@ -77,10 +76,10 @@ def chunked_feed_forward(
     check_dropout(dropout_p)
     function = ACTIVATIONS[activation]
     x, w1, w2 = (
-        _autocast.cast(check_floating(name, tensor)) for name, tensor in (("x", x), ("w1", w1), ("w2", w2))
+        autocast(check_floating(name, tensor)) for name, tensor in (("x", x), ("w1", w1), ("w2", w2))
     )
     b1, b2 = (
-        None if bias is None else _autocast.cast(check_floating(name, bias))
+        None if bias is None else autocast(check_floating(name, bias))
         for name, bias in (("b1", b1), ("b2", b2))
     )
     for name, tensor in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):

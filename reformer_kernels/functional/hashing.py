@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reformer_kernels import _autocast
 from reformer_kernels._backend import resolve_backend, resolve_sort_backend
 from reformer_kernels._checks import (
+    autocast,
     check_config,
     check_padding,
     check_qkv,
@@ -68,7 +68,7 @@ def lsh_hash(
     or float, -inf = padding. -> (B, H, R, L) int32.
     """
     factors = check_factors(bucket_factors)
-    x = _autocast.cast(check_rows("x", x))
+    x = autocast(check_rows("x", x))
     mask = check_padding(key_padding_mask, x)
     check_rotations(rotations, x, width=sum(factors) // 2)
     padding = None if mask is None else is_padding(mask)
@@ -114,7 +114,7 @@ def lsh_layout(
     key_padding_mask (B, L) bool, True = padding, or float, -inf = padding. -> `Layout`.
     """
     check_config(config)
-    qk = _autocast.cast(check_rows("qk", qk))
+    qk = autocast(check_rows("qk", qk))
     mask = check_padding(key_padding_mask, qk)
     if rotations is not None:
         check_rotations(rotations, qk, width=config.rotation_width, rounds=config.n_hashes)

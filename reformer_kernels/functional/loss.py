@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from reformer_kernels._checks import check_tensor
+from reformer_kernels._precision import wide_dtype
 from reformer_kernels.functional.chunk_arguments import check_device, check_floating, rows_per_chunk
 from reformer_kernels.ops.linear_cross_entropy import op as op  # registers the operators
-from reformer_kernels.ops.linear_cross_entropy.chunked import wide_dtype
 
 Reduction = Literal["mean", "sum", "none"]
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from transformers.models.reformer import modeling_reformer as peer
 
-from reformer_kernels import _autocast, functional
+from reformer_kernels import functional
 from reformer_kernels._backend import resolve_backend
+from reformer_kernels._checks import autocast_enabled
 from reformer_kernels.config import LSHConfig, check_factors
 from reformer_kernels.layout import Layout
 
@@ -200,7 +201,7 @@ def _needs_original(layer: Any, x: Tensor, options: dict[str, Any], rounds: int)
     if getattr(layer, BACKEND) != "auto":
         return False
     dtype = x.dtype
-    if _autocast.enabled(x.device.type) and dtype != torch.float64:
+    if autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
     return resolve_backend("auto", x.device, dtype) == "reference"
 

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from reformer_kernels import functional
 from reformer_kernels._backend import resolve_sort_backend
+from reformer_kernels.call import self_attention_rule
 from reformer_kernels.config import LSHConfig
 from reformer_kernels.functional.hashing import layout_by_position
 from reformer_kernels.layout import Layout
 from reformer_kernels.ops.sort.op import bucket_sort
-from reformer_kernels.rule import AttentionRule, key_range, normalise_keys, self_attention_rule, widest_range
+from reformer_kernels.rule import AttentionRule, key_range, normalise_keys, widest_range
 
 MERGE_EVERY = 128
 
@@ -111,7 +112,7 @@ class LocalCache(_Cache):
     """The cache of local attention; full attention is local attention in one chunk for the whole sequence.
 
     Args:
-        config: chunks by position; see `reformer_kernels.rule.local_attention_config`.
+        config: chunks by position; see `reformer_kernels.config.local_attention_config`.
         max_length: the largest length of a row, prompt and new tokens together.
     """
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reformer_kernels import _autocast
+from reformer_kernels._precision import autocast_suspended
 
 
 def merge_extra_keys(
@@ -27,7 +27,7 @@ def merge_extra_keys(
     Returns:
         (N, H, L, D) in out's dtype.
     """
-    with _autocast.suspended(q.device.type):
+    with autocast_suspended(q.device.type):
         k, v = k.to(lse.dtype), v.to(lse.dtype)
         logits = q.to(lse.dtype) @ k.transpose(1, 2) * scale  # [N, H, L, X]
         total = torch.logaddexp(lse, logits.logsumexp(-1))[..., None]

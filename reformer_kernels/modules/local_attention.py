@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from reformer_kernels import functional
 from reformer_kernels._random import Seed, resolve_seed
+from reformer_kernels.config import local_attention_config
 from reformer_kernels.modules.attention_layer import AttentionLayer
 from reformer_kernels.modules.caches import LocalCache
 from reformer_kernels.modules.checks import check_positive
 from reformer_kernels.modules.positions import RotaryPositions
-from reformer_kernels.rule import local_attention_config
 
 
 class LocalSelfAttention(AttentionLayer):

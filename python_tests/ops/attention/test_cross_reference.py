@@ -16,7 +16,8 @@ from python_tests import oracle
 from python_tests.helpers import assert_close, padding_mask, random_layout, reference_attention
 from reformer_kernels import Layout, LSHConfig
 from reformer_kernels import functional as F
-from reformer_kernels.rule import AttentionRule, self_attention_rule
+from reformer_kernels.call import self_attention_rule
+from reformer_kernels.rule import AttentionRule
 from reformer_kernels.testing import normal
 
 CONFIG = LSHConfig(n_hashes=2, bucket_window=5, bucket_factors=(4,))

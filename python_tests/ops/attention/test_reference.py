@@ -25,8 +25,9 @@ from python_tests.helpers import (
 )
 from reformer_kernels import Layout, LSHConfig
 from reformer_kernels import functional as F
+from reformer_kernels.call import self_attention_rule
 from reformer_kernels.ops.attention import reference
-from reformer_kernels.rule import AttentionRule, normalise_keys, self_attention_rule
+from reformer_kernels.rule import AttentionRule, normalise_keys
 from reformer_kernels.testing import normal, relative_error
 
 

@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from reformer_kernels import _native
-from reformer_kernels.ops.attention.arguments import Arguments, contiguous_rows
+
+if TYPE_CHECKING:
+    from reformer_kernels.ops.attention.op import Arguments
 
 
-def forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
-    """out (B, H, L, D_v) in q's dtype, and lse (B, H, L) in float32."""
+def forward(arguments: Arguments, out: Tensor, lse: Tensor) -> None:
+    """Writes out (B, H, L, D_v) in q's dtype and lse (B, H, L) in float32."""
     native = _native.extension()
-    arguments.check()
-    arguments = arguments.with_contiguous_rows()
-    out, lse = arguments.empty_out(), arguments.empty_lse()
     parameters = _parameters(arguments, out, lse)
     workspace = _workspace(native.attention_forward_workspace_bytes(parameters))
     parameters.workspace = _native.pointer(
         workspace, "workspace", shape=workspace.shape, dtypes=(torch.uint8,)
     )
     native.attention_forward(parameters)
-    return out, lse
 
 
 def backward(
-    grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, arguments: Arguments
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v; k's is empty for shared query-keys."""
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    arguments: Arguments,
+    grad_q: Tensor,
+    grad_k: Tensor | None,
+    grad_v: Tensor,
+) -> None:
+    """Writes the gradients of q, v and, unless query-keys are shared, k."""
     native = _native.extension()
-    arguments.check()
-    arguments = arguments.with_contiguous_rows()
-    grad_out = torch.zeros_like(out) if grad_out is None else contiguous_rows(grad_out)
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    grad_q, grad_k, grad_v = arguments.empty_gradients()
-    parameters = _parameters(arguments, contiguous_rows(out), lse.contiguous())
-    q, k, v = arguments.q, arguments.k, arguments.v
+    parameters = _parameters(arguments, out, lse)
+    q, v = arguments.q, arguments.v
     dtypes = (q.dtype,)
     gradients = native.AttentionGradients(
         grad_out=_native.rows(grad_out, "grad_out", shape=out.shape, dtypes=dtypes),
@@ -45,7 +45,9 @@ def backward(
         if grad_lse is None
         else _native.pointer(grad_lse, "grad_lse", shape=lse.shape, dtypes=(torch.float32,)),
         grad_q=_native.rows(grad_q, "grad_q", shape=q.shape, dtypes=dtypes),
-        grad_k=native.Rows() if k is None else _native.rows(grad_k, "grad_k", shape=k.shape, dtypes=dtypes),
+        grad_k=native.Rows()
+        if grad_k is None
+        else _native.rows(grad_k, "grad_k", shape=grad_k.shape, dtypes=dtypes),
         grad_v=_native.rows(grad_v, "grad_v", shape=v.shape, dtypes=dtypes),
     )
     workspace = _workspace(native.attention_backward_workspace_bytes(parameters))
@@ -53,7 +55,6 @@ def backward(
         workspace, "workspace", shape=workspace.shape, dtypes=(torch.uint8,)
     )
     native.attention_backward(parameters, gradients)
-    return grad_q, grad_k, grad_v
 
 
 def _parameters(arguments: Arguments, out: Tensor, lse: Tensor) -> Any:

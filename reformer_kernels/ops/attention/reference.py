@@ -7,14 +7,19 @@ over all instances of all rounds at once, which equals merging rounds by their l
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
-from reformer_kernels import _autocast, _random
-from reformer_kernels.ops.attention.arguments import Arguments
+from reformer_kernels import _random
+from reformer_kernels._precision import autocast_suspended
 from reformer_kernels.rule import AttentionRule, key_range, normalise_keys, widest_range
+
+if TYPE_CHECKING:
+    from reformer_kernels.ops.attention.op import Arguments
 
 BLOCK_ELEMENTS = 2**22
 """Queries are taken in blocks that gather about this many numbers."""
@@ -55,7 +60,7 @@ def attention(arguments: Arguments) -> tuple[Tensor, Tensor]:
             raise ValueError("separate orders need k, and a rule with rank_window, no ring, no exclude_self")
         _check_layout("key layout", key_order, key_bucket_starts, sorted_buckets=True)
     precision = torch.float64 if dtype == torch.float64 else torch.float32
-    with _autocast.suspended(q.device.type):
+    with autocast_suspended(q.device.type):
         padding = None if key_bias is None else key_bias == float("-inf")
         q, v = _load(q, None if separate else padding, precision), _load(v, padding, precision)
         k = _load(k, padding, precision) if k is not None else normalise_keys(q, rule.key_norm)

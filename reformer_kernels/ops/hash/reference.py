@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reformer_kernels import _autocast
+from reformer_kernels._precision import autocast_suspended
 
 
 def lsh_hash(x: Tensor, rotations: Tensor, factors: Sequence[int], padding: Tensor | None) -> Tensor:
@@ -37,7 +37,7 @@ def lsh_hash(x: Tensor, rotations: Tensor, factors: Sequence[int], padding: Tens
 
 def _hash_round(x: Tensor, rotation: Tensor, factors: Sequence[int], precision: torch.dtype) -> Tensor:
     """(B, H, L, D) and (H or 1, D, width) to ids (B, H, L) int64."""
-    with _autocast.suspended(x.device.type):
+    with autocast_suspended(x.device.type):
         width = sum(factors) // 2
         projected = (x @ rotation[..., :width]).to(precision)  # [B, H, L, width]
     ids = torch.zeros(x.shape[:3], dtype=torch.int64, device=x.device)

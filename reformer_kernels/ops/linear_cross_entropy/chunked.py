@@ -23,13 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reformer_kernels._precision import wide_dtype
+
 CACHED_BYTES = 2**20
 """On the CPU, elementwise passes take this much of the logits at a time, so that it stays in the cache."""
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits and sums for input of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass

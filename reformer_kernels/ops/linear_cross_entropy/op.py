@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reformer_kernels._precision import wide_dtype
 from reformer_kernels.ops.linear_cross_entropy import chunked
 
 _library = torch.library.Library("reformer_kernels", "FRAGMENT")
@@ -39,7 +40,7 @@ _library.define(
 
 
 def _fake_sum(x: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    wide = chunked.wide_dtype(x.dtype)
+    wide = wide_dtype(x.dtype)
     needs_x, needs_weight, needs_bias = rest[-1]
     return (
         x.new_empty((), dtype=wide),
@@ -50,7 +51,7 @@ def _fake_sum(x: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tuple[Te
 
 
 def _fake_rows(x: Tensor, weight: Tensor, target: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(target.shape, dtype=chunked.wide_dtype(x.dtype))
+    return x.new_empty(target.shape, dtype=wide_dtype(x.dtype))
 
 
 def _fake_rows_backward(

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reformer_kernels._precision import wide_dtype
+
 NORMALIZATIONS = ("none", "layer", "rms")
 """What a step can compute of the stream: nothing, its LayerNorm or its RMSNorm. csrc/kernels.h numbers them
 so."""
@@ -70,11 +72,6 @@ class Results(NamedTuple):
     normed: Tensor
     mean: Tensor
     rstd: Tensor
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which values of `dtype` are scaled: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def automatic_scale(*values: Tensor) -> Tensor:
