@@ -82,21 +82,29 @@ def attend(
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention over a layout: the second half of `lsh_attention`. Differentiable in q, k, v.
+    """Attention over a layout: the second half of `lsh_attention`. Differentiable in q, k and v.
 
-    out_i = sum_j p_ij v_j, p_i = softmax over all rounds of scale * q_i . k_j - log N_ij; which j is seen,
-    k_j and N_ij are told by `config`.
+    out_i = sum_j p_ij v_j, p_i = softmax over all rounds of scale * q_i . k_j - log N_ij, where `config` says
+    which j are seen, what k_j is and what N_ij is.
 
-    q (B, H, L, D); v (B, H, L, Dv); layout as `lsh_layout` made it for these shapes; k (B, H, L, D), or None
-    for shared query-keys, k = q normalised by config.key_norm. Shared query-keys never see their own
-    position (unless they see nothing else); with k given they may.
-    key_padding_mask (B, L) bool, True = padding: not seen as key, read as zeros. Or float: added to the
-    logits of its keys, -inf = padding; it carries no gradient.
-    dropout_p in [0, 1): the probabilities' dropout, the same for the same seed in every back end.
+    Args:
+        q: (B, H, L, D).
+        v: (B, H, L, Dv).
+        layout: what `lsh_layout` made for these shapes.
+        config: the pair rule.
+        k: (B, H, L, D), or None for shared query-keys, whose keys are q normalised by config.key_norm. Shared
+            query-keys see their own position only where they see nothing else; with k given they may see it.
+        key_padding_mask: (B, L) bool, True = padding: such a key is not seen, and is read as zeros. Or a float
+            bias that is added to the logits of its key, -inf = padding; it carries no gradient.
+        dropout_p: the dropout of the probabilities, in [0, 1); the same for the same seed in every back end.
+        seed: of the dropout: an int, an int64 tensor of one element, or None for one drawn from torch's
+            generator.
+        backend: see `functional`.
+        return_lse: also return the log-sum-exp, which is differentiable.
 
-    -> out (B, H, L, Dv) in the inputs' dtype; with `return_lse` also lse (B, H, L) float32 (float64 for
-    float64), the log-sum-exp of each query's logits, differentiable. A query that sees nothing: v_i and
-    -1e5 with shared query-keys; 0 and -inf with k given or if it is padding.
+    Returns out (B, H, L, Dv) in the inputs' dtype. With `return_lse` also lse (B, H, L) float32 (float64 for
+    float64), the log-sum-exp of each query's logits. A query that sees nothing gets v_i and -1e5 with shared
+    query-keys, and 0 and -inf with k given or if it is padding.
     """
     check_config(config)
     q, v, k = check_qkv(q, v, k)
@@ -135,10 +143,17 @@ def lsh_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """LSH attention with shared query-keys: `lsh_layout`, then `attend`. Section 2 of the paper.
 
-    qk (B, H, L, D); v (B, H, L, Dv); rotations (H or 1, D, n_hashes, config.rotation_width) float32, else
-    drawn from `seed`; or a layout, which needs neither. `seed` also keys dropout; None draws
-    one number for both.
-    The other arguments and the results are those of `attend`.
+    Args:
+        qk: (B, H, L, D) shared query-keys.
+        v: (B, H, L, Dv).
+        config: how to hash, and the pair rule.
+        rotations: (H or 1, D, n_hashes, config.rotation_width) float32, or None to draw them from `seed`.
+        layout: what `lsh_layout` made for these shapes; give rotations or a layout, not both.
+        seed: of the rotations and of the dropout: an int, an int64 tensor of one element, or None for one
+            drawn from torch's generator.
+        key_padding_mask, dropout_p, backend, return_lse: as in `attend`.
+
+    Returns what `attend` returns.
 
     >>> qk, v = torch.randn(1, 2, 256, 32), torch.randn(1, 2, 256, 32)
     >>> lsh_attention(qk, v, LSHConfig.paper(causal=True), seed=0, backend="reference").shape
@@ -192,33 +207,36 @@ def lsh_cross_attention(
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """LSH attention of queries over other keys: self-attention with separate q and k, or cross-attention.
+    """LSH attention of queries over other keys: cross-attention, or self-attention with separate q and k.
 
     out_i = sum_j p_ij v_j, p_i = softmax over the keys j that i sees in any round of
-    scale * q_i . k_j - log N_ij, N_ij as in `attend`.
+    scale * q_i . k_j - log N_ij, with N_ij as in `attend`.
 
     Queries and keys are hashed with the same rotations and sorted apart, each by (bucket, position). The
-    cursor c of query i is the number of sorted keys that are not after (its bucket, floor(i * L_k / L_q));
-    (its bucket, i) if causal. With w = config.window_size it sees the keys at ranks [c - w, c) if causal,
-    else [c - floor(w / 2), c + ceil(w / 2)), cut to its own bucket unless config.attend_across_buckets.
-    config.causal: key j is seen only if j <= i, positions of queries and keys being counted alike, as
-    `scaled_dot_product_attention(is_causal=True)` does, also where L_q and L_k differ. At most w keys
-    (window "chunks") are not hashed: every query sees all of them, as in full attention.
+    cursor c of query i is the number of sorted keys that are not after (its bucket, floor(i * L_k / L_q)), or
+    after (its bucket, i) if causal. With w = config.window_size it sees the keys at ranks [c - w, c) if
+    causal, else [c - floor(w / 2), c + ceil(w / 2)), cut to its own bucket unless
+    config.attend_across_buckets. If causal, key j is seen only if j <= i, positions of queries and keys being
+    counted alike, as `scaled_dot_product_attention(is_causal=True)` does, also where L_q and L_k differ. At
+    most w keys (window "chunks") are not hashed: every query sees all of them, as in full attention.
 
     Keys are used as they are, and config.scale None means D ** -0.5, as in ordinary attention, so that
     weights trained with full attention serve. config.key_norm, which belongs to shared query-keys, and
-    config.ring are not read; the chunks count for w alone. window "bucket" masks buckets and never skips
-    the hashing.
+    config.ring are not read; the chunks count for w alone. window "bucket" masks buckets and never skips the
+    hashing.
 
-    q (B, H, L_q, D); k (B, H, L_k, D); v (B, H, L_k, Dv).
-    rotations (H or 1, D, n_hashes, config.rotation_width) float32, else drawn from `seed`; or layout, a pair
-    as `lsh_cross_layout` makes it for these shapes.
-    key_padding_mask (B, L_k) bool, True = padding: not seen, read as zeros. Or float: added to the logits of
-    its keys, -inf = padding; it carries no gradient. dropout_p, seed, backend, return_lse: as in
-    `lsh_attention`.
+    Args:
+        q: (B, H, L_q, D).
+        k: (B, H, L_k, D).
+        v: (B, H, L_k, Dv).
+        config: how to hash, and the pair rule.
+        rotations: (H or 1, D, n_hashes, config.rotation_width) float32, or None to draw them from `seed`.
+        layout: the pair that `lsh_cross_layout` made for these shapes.
+        key_padding_mask: (B, L_k), else as in `attend`.
+        seed, dropout_p, backend, return_lse: as in `lsh_attention`.
 
-    -> out (B, H, L_q, Dv) in the inputs' dtype; with `return_lse` also lse (B, H, L_q) float32 (float64 for
-    float64). A query that sees nothing: 0 and -inf.
+    Returns out (B, H, L_q, Dv) in the inputs' dtype. With `return_lse` also lse (B, H, L_q) float32 (float64
+    for float64). A query that sees nothing gets 0 and -inf.
 
     >>> q, k, v = torch.randn(1, 2, 100, 32), torch.randn(1, 2, 400, 32), torch.randn(1, 2, 400, 32)
     >>> lsh_cross_attention(q, k, v, LSHConfig(n_hashes=2), seed=0, backend="reference").shape
@@ -277,12 +295,21 @@ def local_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention within chunks of positions and their neighbours, as Hugging Face's `LocalSelfAttention`.
 
-    out_i = sum_j p_ij v_j, p_i = softmax of scale * q_i . k_j over j in i's chunk of `chunk_length` positions
-    and in the `chunks_before` before and `chunks_after` after it. A query may see its own position.
+    out_i = sum_j p_ij v_j, p_i = softmax of scale * q_i . k_j over the positions j in i's chunk and in the
+    chunks before and after it. A query may see its own position.
 
-    q, k (B, H, L, D); v (B, H, L, Dv). ring: chunks form a ring (Hugging Face always does), a key met twice
-    on it counts twice; sequences of at most one chunk have no neighbours. scale None: D ** -0.5. The other
-    arguments and the results are those of `attend`; a query that sees nothing gets 0, lse -inf.
+    Args:
+        q, k: (B, H, L, D).
+        v: (B, H, L, Dv).
+        chunk_length: positions in a chunk.
+        chunks_before, chunks_after: how many chunks before and after its own a query also sees.
+        causal: a query sees no later position.
+        ring: chunks form a ring, as Hugging Face's always do. A key that is met twice on it counts twice;
+            sequences of at most one chunk have no neighbours.
+        scale: the factor of the logits; None is D ** -0.5.
+        key_padding_mask, dropout_p, seed, backend, return_lse: as in `attend`.
+
+    Returns what `attend` returns; a query that sees nothing gets 0, lse -inf.
     """
     check_flag("ring", ring)
     # The configuration checks what it shares with this function, under the same names.

@@ -37,9 +37,15 @@ def sample_rotations(
 ) -> Tensor:
     """Random rotations for `lsh_hash` and `lsh_layout`: independent normal numbers (section 2 of the paper).
 
-    They are drawn on the CPU from `seed`, so that every device and back end sees the same ones.
+    They are drawn on the CPU, so that every device and back end sees the same ones.
 
-    -> (num_heads, or 1 if `shared_heads`, head_dim, config.n_hashes, config.rotation_width), float32, CPU.
+    Args:
+        config: says how many rounds there are and how wide a rotation is.
+        num_heads, head_dim: H and D of the tensors to hash.
+        seed: an int, an int64 tensor of one element, or None for one drawn from torch's generator.
+        shared_heads: one rotation for all heads.
+
+    Returns (H, or 1 if `shared_heads`, D, config.n_hashes, config.rotation_width) float32 on the CPU.
     """
     check_config(config)
     check_size("num_heads", num_heads, 1, MAX_LENGTH)
@@ -59,13 +65,20 @@ def lsh_hash(
 ) -> Tensor:
     """Bucket ids by angle: b_k = argmax([x R_k; -x R_k]), id = b_0 + f_0 * b_1 + f_0 * f_1 * b_2 + ...
 
-    R_k is the k-th factor's f_k / 2 columns of the rotation. n = prod(f) buckets; padding gets the extra
-    id n; a row whose projection is not finite gets id 0; ties take the lowest index. Projections accumulate
-    in float32 or better. Source: section 2 of the paper; factors as in trax.
+    R_k is the k-th factor's f_k / 2 columns of the rotation, and n = prod(f) is the number of buckets.
+    Padding gets the extra id n, a row whose projection is not finite gets id 0, and ties take the lowest
+    index. Projections accumulate in float32 or better. Source: section 2 of the paper; the factors are those
+    of trax.
 
-    x (B, H, L, D); rotations (H or 1, D, R, sum(f) // 2) float32 (or float64 with float64 x), more columns
-    are not read; bucket_factors even integers, one or several; key_padding_mask (B, L) bool, True = padding,
-    or float, -inf = padding. -> (B, H, R, L) int32.
+    Args:
+        x: (B, H, L, D).
+        rotations: (H or 1, D, R, sum(f) // 2 or more columns, of which the rest are not read) float32, or
+            float64 where x is.
+        bucket_factors: one even integer or several.
+        key_padding_mask: (B, L) bool, True = padding; or a float bias, -inf = padding.
+        backend: see `functional`.
+
+    Returns (B, H, R, L) int32.
     """
     factors = check_factors(bucket_factors)
     x = autocast(check_rows("x", x))
@@ -76,12 +89,17 @@ def lsh_hash(
 
 
 def bucket_sort(buckets: Tensor, n_buckets: int, backend: str = "auto") -> Tensor:
-    """Positions in order of (bucket, position), each row on its own: a stable counting sort, O(L + n).
+    """The positions of each row in order of (bucket, position): a stable counting sort, O(L + n).
 
-    buckets (..., L) int32 or int64, ids in 0..n_buckets-1 (padding's extra bucket counts); ids outside
-    count as the nearest bucket. -> order, the same shape, int32: a permutation of 0..L-1 a row.
+    This is the one function whose back end "native" takes CUDA tensors too, where the extension was built
+    with CUDA.
 
-    The one function whose back end "native" takes CUDA tensors, where the extension was built with CUDA.
+    Args:
+        buckets: (..., L) int32 or int64 ids in 0..n_buckets - 1. Ids outside count as the nearest bucket.
+        n_buckets: the number of buckets, padding's extra one included.
+        backend: see `functional`.
+
+    Returns order, (..., L) int32: a permutation of 0..L - 1 for each row.
     """
     check_tensor("buckets", buckets)
     if buckets.dtype not in (torch.int32, torch.int64):
@@ -105,14 +123,20 @@ def lsh_layout(
     key_padding_mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Layout:
-    """Hash and sort: the first half of `lsh_attention`. Carries no gradient.
+    """Hash and sort: the first half of `lsh_attention`. The result carries no gradient.
 
-    Sequences that fit one chunk (window "chunks", L <= chunk_length) are not hashed: one round, in order of
-    position. Then neither rotations nor seed is read.
+    Sequences that fit one chunk (window "chunks", L <= chunk_length) are not hashed: they have one round, in
+    order of position, and neither rotations nor seed is read.
 
-    qk (B, H, L, D); rotations (H or 1, D, n_hashes, config.rotation_width) float32, else drawn from `seed`;
-    key_padding_mask (B, L) bool, True = padding, or float, -inf = padding. -> `Layout`.
-    """
+    Args:
+        qk: (B, H, L, D) shared query-keys.
+        config: how to hash.
+        rotations: (H or 1, D, n_hashes, config.rotation_width) float32, or None to draw them from `seed`.
+        seed: an int, an int64 tensor of one element, or None for one drawn from torch's generator.
+        key_padding_mask: (B, L) bool, True = padding; or a float bias, -inf = padding.
+        backend: see `functional`.
+
+    Returns a `Layout`."""
     check_config(config)
     qk = autocast(check_rows("qk", qk))
     mask = check_padding(key_padding_mask, qk)
@@ -134,17 +158,25 @@ def lsh_cross_layout(
     key_padding_mask: Tensor | None = None,
     backend: str = "auto",
 ) -> LayoutPair:
-    """Hash and sort queries and keys with the same rotations: the first half of `lsh_cross_attention`.
+    """Hash and sort queries and keys with the same rotations: the first half of
+    `lsh_cross_attention`.
 
-    Unless config.causal, the mean key (without padding) is subtracted from the keys before they are hashed:
-    keys may share a large part, which moves all logits of a query alike, but leaves few buckets to tell them
-    apart. A causal layout may not depend on later tokens, so there keys are hashed as they are, as queries
-    always are: no query's place may depend on another query. Angles alone matter to the hash.
+        Unless config.causal, the mean key (without padding) is subtracted from the keys before they are hashed.
+        Keys may share a large part, which moves all logits of a query alike but leaves few buckets to tell them
+        apart. A causal layout may not depend on later tokens, so there keys are hashed as they are. Queries
+        always are, because no query's place may depend on another query.
 
-    q (B, H, L_q, D); k (B, H, L_k, D); rotations (H or 1, D, n_hashes, config.rotation_width) float32, else
-    drawn from `seed`; key_padding_mask (B, L_k) bool, True = padding, or float, -inf = padding.
-    Automatic bucket factors come from L_k, for a mean bucket of config.window_size keys, half as many if not
-    causal. -> the queries' and the keys' `Layout`, without gradients.
+        Args:
+            q: (B, H, L_q, D).
+            k: (B, H, L_k, D).
+            config: how to hash. Automatic bucket factors come from L_k, for a mean bucket of config.window_size
+                keys, half as many if not causal.
+            rotations: (H or 1, D, n_hashes, config.rotation_width) float32, or None to draw them from `seed`.
+            seed: an int, an int64 tensor of one element, or None for one drawn from torch's generator.
+            key_padding_mask: (B, L_k) bool, True = padding; or a float bias, -inf = padding.
+            backend: see `functional`.
+
+        Returns the queries' and the keys' `Layout`, without gradients.
     """
     check_config(config)
     q, k, _ = check_qkv(q, k, k, names=("q", "k", "k"), own_key_length=True)
