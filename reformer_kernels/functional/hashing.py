@@ -158,25 +158,24 @@ def lsh_cross_layout(
     key_padding_mask: Tensor | None = None,
     backend: str = "auto",
 ) -> LayoutPair:
-    """Hash and sort queries and keys with the same rotations: the first half of
-    `lsh_cross_attention`.
+    """Hash and sort queries and keys with the same rotations: the first half of `lsh_cross_attention`.
 
-        Unless config.causal, the mean key (without padding) is subtracted from the keys before they are hashed.
-        Keys may share a large part, which moves all logits of a query alike but leaves few buckets to tell them
-        apart. A causal layout may not depend on later tokens, so there keys are hashed as they are. Queries
-        always are, because no query's place may depend on another query.
+    Unless config.causal, the mean key (without padding) is subtracted from the keys before they are hashed.
+    Keys may share a large part, which moves all logits of a query alike but leaves few buckets to tell them
+    apart. A causal layout may not depend on later tokens, so there keys are hashed as they are. Queries
+    always are, because no query's place may depend on another query.
 
-        Args:
-            q: (B, H, L_q, D).
-            k: (B, H, L_k, D).
-            config: how to hash. Automatic bucket factors come from L_k, for a mean bucket of config.window_size
-                keys, half as many if not causal.
-            rotations: (H or 1, D, n_hashes, config.rotation_width) float32, or None to draw them from `seed`.
-            seed: an int, an int64 tensor of one element, or None for one drawn from torch's generator.
-            key_padding_mask: (B, L_k) bool, True = padding; or a float bias, -inf = padding.
-            backend: see `functional`.
+    Args:
+        q: (B, H, L_q, D).
+        k: (B, H, L_k, D).
+        config: how to hash. Automatic bucket factors come from L_k, for a mean bucket of config.window_size
+            keys, half as many if not causal.
+        rotations: (H or 1, D, n_hashes, config.rotation_width) float32, or None to draw them from `seed`.
+        seed: an int, an int64 tensor of one element, or None for one drawn from torch's generator.
+        key_padding_mask: (B, L_k) bool, True = padding; or a float bias, -inf = padding.
+        backend: see `functional`.
 
-        Returns the queries' and the keys' `Layout`, without gradients.
+    Returns the queries' and the keys' `Layout`, without gradients.
     """
     check_config(config)
     q, k, _ = check_qkv(q, k, k, names=("q", "k", "k"), own_key_length=True)
