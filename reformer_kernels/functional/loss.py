@@ -145,7 +145,17 @@ def linear_cross_entropy(
     )[0]
     if reduction == "sum":
         return total
-    return total / _total_weight(flat_target, class_weights, ignore_index).to(total.dtype)
+    return mean_loss(total, _total_weight(flat_target, class_weights, ignore_index).to(total.dtype))
+
+
+def mean_loss(total: Tensor, weight: Tensor) -> Tensor:
+    """total / weight, both scalars; where weight is 0, as where all rows are ignored, no gradient follows.
+
+    The loss itself is then NaN, or infinite where label smoothing gives a total, as in torch. The gradients
+    would be 0 / 0, which the next step of the optimizer would spread over all parameters.
+    """
+    nothing = weight == 0
+    return torch.where(nothing, total.detach() / weight, total / weight.masked_fill(nothing, 1))
 
 
 def _total_weight(target: Tensor, class_weights: Tensor | None, ignore_index: int) -> Tensor:

@@ -58,6 +58,25 @@ def test_equals_cross_entropy(reduction: Any, weighted: bool) -> None:
         )
 
 
+@pytest.mark.parametrize("rows", [0, 1, ROWS])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_mean_over_ignored_rows_alone_is_nan_and_has_no_gradient(rows: int, smoothing: float) -> None:
+    x, weight, target, bias = inputs(rows=rows)
+    target[:] = -100
+    ours = linear_cross_entropy(x, weight, target, bias, label_smoothing=smoothing)
+    theirs = F.cross_entropy(F.linear(x, weight, bias), target, label_smoothing=smoothing)
+    assert ours.isnan() and theirs.isnan()
+    for loss in (ours, theirs):
+        assert all((g == 0).all() for g in torch.autograd.grad(loss, [x, weight, bias]))
+
+
+def test_mean_over_classes_without_weight_has_no_gradient() -> None:
+    x, weight, target, bias = inputs()
+    loss = linear_cross_entropy(x, weight, target, bias, class_weights=torch.zeros(V))
+    assert loss.isnan()
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, [x, weight, bias]))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_z_loss_and_everything_at_once(reduction: Any) -> None:
     x, weight, target, bias = inputs()
