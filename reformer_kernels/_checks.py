@@ -202,14 +202,16 @@ def check_dropout(dropout_p: float) -> None:
         raise ValueError(f"dropout_p must be a number in [0, 1), got {dropout_p!r}; 1 would drop everything")
 
 
-def refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """Autograd formulas of custom operators know reverse mode only: torch would drop tangents in silence."""
+def refuse_forward_mode(operation: str, instead: str, *tensors: Tensor | None) -> None:
+    """Autograd formulas of custom operators know reverse mode only: torch would drop tangents in silence.
+
+    The error says that `operation` has no forward-mode derivative, and to use `instead`.
+    """
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(
-            "attention's native kernels have no forward-mode derivative; use backend='reference' for "
-            "torch.func.jvp and dual numbers"
+            f"{operation} no forward-mode derivative; use {instead} for torch.func.jvp and dual numbers"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reformer_kernels import _autocast
-from reformer_kernels._checks import check_dropout
+from reformer_kernels._checks import check_dropout, refuse_forward_mode
 from reformer_kernels._random import Seed, resolve_seed
 from reformer_kernels.functional.chunk_arguments import check_device, check_floating, rows_per_chunk
 from reformer_kernels.ops.feed_forward import op as op  # registers the operators
@@ -67,6 +67,7 @@ def chunked_feed_forward(
     Raises:
         TypeError: an argument is no tensor, or has another dtype than x.
         ValueError: shapes, devices or values that do not fit.
+        NotImplementedError: an argument carries a tangent of forward-mode differentiation.
 
     >>> x, w1, w2 = torch.zeros(2, 100, 8), torch.zeros(32, 8), torch.zeros(8, 32)
     >>> chunked_feed_forward(x, w1, None, w2, None, activation="relu").shape
@@ -106,6 +107,9 @@ def chunked_feed_forward(
     for name, bias, width in (("b1", b1, w1.size(0)), ("b2", b2, w2.size(0))):
         if bias is not None and tuple(bias.shape) != (width,):
             raise ValueError(f"{name} must be ({width},), got {tuple(bias.shape)}")
+    refuse_forward_mode(
+        "chunked_feed_forward has", "torch.nn.functional's linear and activation", x, w1, b1, w2, b2
+    )
     flat = x.reshape(-1, x.size(-1))
     # Backward holds a, h and dh, and for gated activations da beside dh.
     columns = 2 * w1.size(0) + 2 * w2.size(1) if function.gated else 3 * w2.size(1)

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from reformer_kernels._checks import check_tensor
+from reformer_kernels._checks import check_tensor, refuse_forward_mode
 from reformer_kernels.functional.chunk_arguments import check_device, check_floating, rows_per_chunk
 from reformer_kernels.ops.linear_cross_entropy import op as op  # registers the operators
 from reformer_kernels.ops.linear_cross_entropy.chunked import wide_dtype
@@ -75,6 +75,7 @@ def linear_cross_entropy(
     Raises:
         TypeError: an argument is no tensor, or has a dtype that is not accepted.
         ValueError: shapes, devices or values that do not fit.
+        NotImplementedError: x, weight or bias carries a tangent of forward-mode differentiation.
         IndexError: a target is not a class (on the CPU; elsewhere it fails as torch's indexing does).
 
     >>> x, weight, target = torch.zeros(2, 50, 8), torch.zeros(1000, 8), torch.zeros(2, 50, dtype=torch.int64)
@@ -125,6 +126,9 @@ def linear_cross_entropy(
         raise ValueError(
             "class_weights get no gradient, got a tensor that requires one; pass class_weights.detach()"
         )
+    refuse_forward_mode(
+        "linear_cross_entropy has", "F.cross_entropy(F.linear(x, weight, bias), target)", x, weight, bias
+    )
     flat, flat_target = x.reshape(-1, x.size(-1)), target.reshape(-1)
     rows = rows_per_chunk(
         chunk_size, memory_budget, DEFAULT_BUDGET, classes * wide_dtype(x.dtype).itemsize, ROW_MULTIPLE

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from reformer_kernels.benchmarks.memory import peak_allocated
 from reformer_kernels.functional import chunked_feed_forward
@@ -227,3 +228,18 @@ def test_bad_module() -> None:
         ChunkedFeedForward(4, 8, dropout=1.5)
     with pytest.raises(ValueError, match="d_ff must be a positive integer"):
         ChunkedFeedForward(4, 0)
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_forward_mode_is_refused(which: int) -> None:
+    tensors = [t.detach() for t in arguments("gelu") if t is not None]
+
+    def layer(tensor: Tensor) -> Tensor:
+        return chunked_feed_forward(*(tensor if i == which else t for i, t in enumerate(tensors)))
+
+    message = "chunked_feed_forward has no forward-mode derivative; use torch.nn.functional"
+    tangent = torch.ones_like(tensors[which])
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(layer, (tensors[which],), (tangent,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        layer(forward_ad.make_dual(tensors[which], tangent))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from reformer_kernels.benchmarks.memory import peak_allocated
 from reformer_kernels.functional import linear_cross_entropy
@@ -359,3 +360,21 @@ def test_target_out_of_range_raises(bad: int) -> None:
     target[1] = bad
     with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):
         linear_cross_entropy(x, weight, target)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("which", range(3))
+def test_forward_mode_is_refused(reduction: Any, which: int) -> None:
+    x, weight, target, bias = (t.detach() for t in inputs())
+    tensors = [x, weight, bias]
+
+    def loss(tensor: Tensor) -> Tensor:
+        first, second, third = (tensor if i == which else t for i, t in enumerate(tensors))
+        return linear_cross_entropy(first, second, target, third, reduction=reduction)
+
+    message = r"linear_cross_entropy has no forward-mode derivative; use F\.cross_entropy"
+    tangent = torch.ones_like(tensors[which])
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(loss, (tensors[which],), (tangent,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        loss(forward_ad.make_dual(tensors[which], tangent))

@@ -51,7 +51,7 @@ def attention(
     )
     if call.backend == "reference":
         return reference.attention(arguments)
-    refuse_forward_mode(q, k, v)
+    refuse_forward_mode("attention's native kernels have", "backend='reference'", q, k, v)
     operators = torch.ops.reformer_kernels
     operator = operators.native_attention if call.backend == "native" else operators.triton_attention
     return operator(*arguments)
