@@ -98,6 +98,9 @@ def chunked_feed_forward(
             "x, w1 and w2 must be (..., d_in), (d_ff, d_in) and (d_out, d_ff), got shapes "
             f"{tuple(x.shape)}, {tuple(w1.shape)} and {tuple(w2.shape)}"
         )
+    for name, tensor in (("w1", w1), ("w2", w2)):
+        if tensor.numel() < 1:
+            raise ValueError(f"d_in, d_ff and d_out must be at least 1, got {name} {tuple(tensor.shape)}")
     expected = function.inner_width(w2.size(1))
     if w1.size(0) != expected or w1.size(1) != x.size(-1):
         raise ValueError(

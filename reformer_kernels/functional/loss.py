@@ -54,7 +54,7 @@ def linear_cross_entropy(
     Args:
         x: (..., d) hidden states. x, weight, bias and class_weights are float32, bfloat16, float16 or
             float64, not necessarily all the same.
-        weight: (V, d), V classes.
+        weight: (V, d), V classes; V and d at least 1.
         target: (...) int64 classes, or `ignore_index` for rows that give no loss and no gradient. Class
             probabilities are refused: such a target is itself a [tokens, vocabulary] tensor.
         bias: (V,), or None.
@@ -113,6 +113,10 @@ def linear_cross_entropy(
         raise ValueError(
             f"weight must be (V, {x.size(-1) if x.dim() else 'd'}) for x {tuple(x.shape)}, got "
             f"{tuple(weight.shape)}"
+        )
+    if weight.size(0) < 1 or weight.size(1) < 1:
+        raise ValueError(
+            f"weight must be (V, d) with at least one class and one feature, got {tuple(weight.shape)}"
         )
     if target.shape != x.shape[:-1]:
         raise ValueError(

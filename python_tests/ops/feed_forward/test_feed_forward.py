@@ -209,6 +209,12 @@ def test_memory_does_not_grow_with_d_ff_or_rows() -> None:
             "x and w1 must have one dtype, got torch.float32 and torch.float64",
         ),
         ({"x": torch.zeros(2, 9).double()}, ValueError, r"w1 must be \(7, 9\) .* got \(7, 5\)"),
+        (
+            {"x": torch.zeros(2, 0).double(), "w1": torch.zeros(7, 0).double()},
+            ValueError,
+            r"d_in, d_ff and d_out must be at least 1, got w1 \(7, 0\)",
+        ),
+        ({"w2": torch.zeros(0, 7).double()}, ValueError, r"at least 1, got w2 \(0, 7\)"),
         ({"activation": "glu"}, ValueError, r"w1 must be \(14, 5\)"),
         ({"b1": torch.zeros(3).double()}, ValueError, r"b1 must be \(7,\), got \(3,\)"),
         ({"w2": torch.zeros(3).double()}, ValueError, "x, w1 and w2 must be"),

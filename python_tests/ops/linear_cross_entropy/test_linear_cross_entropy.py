@@ -341,6 +341,8 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(reduction: Any) -> No
         ({"target": torch.zeros(ROWS).int()}, TypeError, "target must be int64, got torch.int32"),
         ({"target": torch.zeros(3).long()}, ValueError, r"target must be \(23,\) .* got \(3,\)"),
         ({"weight": torch.zeros(V, 9)}, ValueError, r"weight must be \(V, 5\) .* got \(11, 9\)"),
+        ({"weight": torch.zeros(0, D)}, ValueError, r"at least one class and one feature, got \(0, 5\)"),
+        ({"x": torch.zeros(ROWS, 0), "weight": torch.zeros(V, 0)}, ValueError, r"got \(11, 0\)"),
         ({"bias": torch.zeros(3)}, ValueError, r"bias must be \(11,\), got \(3,\)"),
         ({"class_weights": torch.zeros(3)}, ValueError, r"class_weights must be \(11,\)"),
         ({"class_weights": torch.ones(V, requires_grad=True)}, ValueError, "class_weights get no gradient"),

@@ -5,14 +5,13 @@ The operators' schema, their checks, their fake kernels and their calls all deri
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 from reformer_kernels._limits import MAX_HEAD_DIM
-from reformer_kernels.config import KEY_NORMS, MAX_CHUNK_LENGTH, MAX_NEIGHBOURS
+from reformer_kernels.config import KEY_NORMS, MAX_CHUNK_LENGTH, MAX_NEIGHBOURS, MAX_SCALE
 from reformer_kernels.rule import AttentionRule
 
 _MAX_WINDOW = 4 * MAX_CHUNK_LENGTH * MAX_NEIGHBOURS
@@ -122,10 +121,10 @@ class Arguments(NamedTuple):
                 "a rule for keys sorted apart must have rank_window, no ring and no exclude_self, "
                 f"got {self.rule}"
             )
-        if not math.isfinite(self.scale) or not 0 <= self.dropout_p < 1:
+        if not abs(self.scale) <= MAX_SCALE or not 0 <= self.dropout_p < 1:
             raise ValueError(
-                f"scale must be finite and dropout_p in [0, 1), got scale {self.scale} and dropout_p "
-                f"{self.dropout_p}"
+                f"scale must be finite, within +-2**127, and dropout_p in [0, 1), got scale {self.scale} and "
+                f"dropout_p {self.dropout_p}"
             )
         if self.dropout_p > 0 and (
             self.seed is None or self.seed.dtype != torch.int64 or self.seed.numel() != 1
