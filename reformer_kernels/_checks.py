@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -200,6 +201,27 @@ def check_dropout(dropout_p: float) -> None:
     number = isinstance(dropout_p, (int, float)) and not isinstance(dropout_p, bool)
     if not number or not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be a number in [0, 1), got {dropout_p!r}; 1 would drop everything")
+
+
+def on_one_device(operator: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, but a ValueError is raised unless all tensors among its arguments are on one device.
+
+    For the kernels of `operator`, the fake one included: torch runs an operator's fake kernel as soon as one
+    tensor is on the meta device, and memory that nobody wrote would be the result. A scalar on the CPU goes
+    with every device, as in torch.
+    """
+
+    def run(*arguments: Any) -> Any:
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        devices = [x.device for x in tensors if x.dim() > 0 or x.device.type != "cpu"]
+        if any(device != devices[0] for device in devices):
+            given = ", ".join(str(device) for device in dict.fromkeys(devices))
+            raise ValueError(
+                f"the tensors of {operator} must be on one device, got {given}; move them with .to(x.device)"
+            )
+        return kernel(*arguments)
+
+    return run
 
 
 def refuse_forward_mode(operation: str, instead: str, *tensors: Tensor | None) -> None:

@@ -249,3 +249,23 @@ def test_forward_mode_is_refused(which: int) -> None:
         torch.func.jvp(layer, (tensors[which],), (tangent,))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
         layer(forward_ad.make_dual(tensors[which], tangent))
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_tensors_on_several_devices_are_refused(which: int) -> None:
+    tensors = [*(t.detach() for t in arguments("gelu") if t is not None), torch.tensor(3)]
+    tensors[which] = tensors[which].to("meta")
+    with pytest.raises(ValueError, match="chunked_feed_forward must be on one device, got"):
+        torch.ops.reformer_kernels.chunked_feed_forward(*tensors, "gelu", 0.1, 4)
+    with pytest.raises(ValueError, match="must be on one device, got"):
+        chunked_feed_forward(*tensors[:5], dropout_p=0.1, seed=tensors[5])
+
+
+def test_the_meta_device_works_under_autocast_too() -> None:
+    layer = ChunkedFeedForward(6, 8, dropout=0.1, device="meta")
+    x = torch.empty(2, 3, 6, device="meta", requires_grad=True)
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y = layer(x)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert y.is_meta and grad.is_meta and y.shape == grad.shape == x.shape

@@ -380,3 +380,28 @@ def test_forward_mode_is_refused(reduction: Any, which: int) -> None:
         torch.func.jvp(loss, (tensors[which],), (tangent,))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
         loss(forward_ad.make_dual(tensors[which], tangent))
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "target", "bias", "class_weights"])
+def test_tensors_on_several_devices_are_refused(name: str) -> None:
+    x, weight, target, bias = inputs()
+    tensors = {"x": x, "weight": weight, "target": target, "bias": bias, "class_weights": torch.ones(V)}
+    tensors[name] = tensors[name].to("meta")
+    for reduction in ("mean", "none"):
+        with pytest.raises(ValueError, match="must be on one device, got"):
+            linear_cross_entropy(**tensors, reduction=reduction)  # type: ignore[arg-type]
+    constants = (-100, 0.0, 0.0, 4)
+    operators = torch.ops.reformer_kernels
+    with pytest.raises(ValueError, match="linear_cross_entropy_sum must be on one device, got"):
+        operators.linear_cross_entropy_sum(*tensors.values(), *constants, [False] * 3)
+    with pytest.raises(ValueError, match="linear_cross_entropy_rows must be on one device, got"):
+        operators.linear_cross_entropy_rows(*tensors.values(), *constants)
+
+
+def test_the_meta_device_works_under_autocast_too() -> None:
+    x, weight, target, bias = (t.to("meta") for t in inputs(torch.float32))
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = linear_cross_entropy(x, weight, target, bias)
+        grads = torch.autograd.grad(loss, [x, weight])
+        assert all(t.is_meta for t in (loss, *grads)) and [g.shape for g in grads] == [x.shape, weight.shape]
