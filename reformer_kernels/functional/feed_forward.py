@@ -114,11 +114,19 @@ def chunked_feed_forward(
         "chunked_feed_forward has", "torch.nn.functional's linear and activation", x, w1, b1, w2, b2
     )
     flat = x.reshape(-1, x.size(-1))
-    # Backward holds a, h and dh, and for gated activations da beside dh.
-    columns = 2 * w1.size(0) + 2 * w2.size(1) if function.gated else 3 * w2.size(1)
-    rows = rows_per_chunk(chunk_size, memory_budget, DEFAULT_BUDGET, columns * x.dtype.itemsize, ROW_MULTIPLE)
+    rows = rows_of_hidden(activation, w2.size(1), x.dtype, chunk_size, memory_budget)
     seed_tensor = resolve_seed(seed) if dropout_p > 0 else None
     y: Tensor = torch.ops.reformer_kernels.chunked_feed_forward(
         flat, w1, b1, w2, b2, seed_tensor, activation, dropout_p, rows
     )
     return y.reshape(*x.shape[:-1], w2.size(0))
+
+
+def rows_of_hidden(
+    activation: str, d_ff: int, dtype: torch.dtype, chunk_size: int | None, memory_budget: int | None
+) -> int:
+    """The rows of a chunk: `chunk_size`, or as many as keep the temporaries of backward within the budget."""
+    function = ACTIVATIONS[activation]
+    # Backward holds a, h and dh, and for gated activations da beside dh.
+    columns = 2 * function.inner_width(d_ff) + 2 * d_ff if function.gated else 3 * d_ff
+    return rows_per_chunk(chunk_size, memory_budget, DEFAULT_BUDGET, columns * dtype.itemsize, ROW_MULTIPLE)

@@ -134,9 +134,7 @@ def linear_cross_entropy(
         "linear_cross_entropy has", "F.cross_entropy(F.linear(x, weight, bias), target)", x, weight, bias
     )
     flat, flat_target = x.reshape(-1, x.size(-1)), target.reshape(-1)
-    rows = rows_per_chunk(
-        chunk_size, memory_budget, DEFAULT_BUDGET, classes * wide_dtype(x.dtype).itemsize, ROW_MULTIPLE
-    )
+    rows = rows_of_logits(classes, x.dtype, chunk_size, memory_budget)
     constants = (ignore_index, label_smoothing, z_loss, rows)
     operators = torch.ops.reformer_kernels
     if reduction == "none":
@@ -154,6 +152,14 @@ def linear_cross_entropy(
     if reduction == "sum":
         return total
     return mean_loss(total, _total_weight(flat_target, class_weights, ignore_index).to(total.dtype))
+
+
+def rows_of_logits(
+    classes: int, dtype: torch.dtype, chunk_size: int | None = None, memory_budget: int | None = None
+) -> int:
+    """The rows of a chunk: `chunk_size`, or as many as keep the logits of x of `dtype` within the budget."""
+    row_bytes = classes * wide_dtype(dtype).itemsize
+    return rows_per_chunk(chunk_size, memory_budget, DEFAULT_BUDGET, row_bytes, ROW_MULTIPLE)
 
 
 def mean_loss(total: Tensor, weight: Tensor) -> Tensor:
