@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from python_tests.helpers import assert_close
-from reformer_kernels import LSHConfig, ReformerConfig, ReformerLM
+from reformer_kernels import ChunkedFeedForward, LSHConfig, ReformerConfig, ReformerLM
+from reformer_kernels.modules.linear import head_loss
 
 CONFIG = ReformerConfig(
     vocab_size=30,
@@ -75,6 +76,8 @@ def test_lora_on_every_linear_layer() -> None:
     with_lora = adapted(TOKENS)
     assert not torch.allclose(with_lora, plain, atol=1e-2)
     check_loss_and_logits_agree(adapted)
+    check_loss_and_logits_agree(adapted.train())
+    adapted.eval()
     for name, p in adapted.named_parameters():
         assert ("lora_" in name) == p.requires_grad
         assert not p.requires_grad or (p.grad is not None and p.grad.abs().max() > 0), name
@@ -156,3 +159,41 @@ def test_dynamic_quantisation() -> None:
         )
     (generated,) = quantized.generate(TOKENS[:1], 3)
     assert generated.shape[-1] >= 3
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+def test_a_called_head_is_chunked_and_draws_the_same_dropout_again(
+    buffers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With buffers, which a call may change, it is called once; gradients are the same either way."""
+    monkeypatch.setattr("reformer_kernels.functional.loss.DEFAULT_BUDGET", 16 * 30 * 4)
+    sizes: list[int] = []
+    head = nn.Sequential(nn.Dropout(0.5), nn.Linear(32, 30))
+    head.register_forward_hook(lambda module, args, out: sizes.append(out.shape[:-1].numel()))
+    if buffers:
+        head.register_buffer("calls", torch.zeros(()))
+    x, target = torch.randn(2, 25, 32, requires_grad=True), TOKENS.clone()
+    target[0, ::3] = -100
+    results = []
+    for called in (False, True):
+        torch.manual_seed(3)
+        if called:
+            loss = head_loss(head, x, target, 30, -100)
+        else:
+            logits = torch.cat([head(chunk) for chunk in x.split(8, 1)], 1)
+            loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+            sizes.clear()
+        results.append([loss, *torch.autograd.grad(loss, [x, *head.parameters()])])
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert_close(found, expected)
+    assert max(sizes) == 16 and sum(sizes) == (50 if buffers else 100)
+
+
+def test_layers_with_hooks_compile() -> None:
+    torch._dynamo.reset()
+    layer = ChunkedFeedForward(6, 8, chunk_size=4)
+    for part in (layer.inner, layer.outer):
+        prune.l1_unstructured(part, "weight", amount=0.5)
+    x = torch.randn(2, 9, 6)
+    assert_close(torch.compile(layer, backend="aot_eager")(x), layer(x))
+    assert layer(x[0, 0]).shape == (6,) and layer(x[:, :0]).shape == (2, 0, 6)
