@@ -63,6 +63,8 @@ from reformer_kernels.rule import AttentionRule
         ("scale", math.nan),
         ("scale", math.inf),
         ("scale", -1.0),
+        ("scale", 1e39),  # infinite in float32
+        ("scale", 10**400),
         ("scale", True),
         ("scale", "1"),
     ],

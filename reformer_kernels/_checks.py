@@ -5,6 +5,7 @@ Every error says what was given, what is accepted and what to do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -217,14 +218,37 @@ def check_dropout(dropout_p: float) -> None:
         raise ValueError(f"dropout_p must be a number in [0, 1), got {dropout_p!r}; 1 would drop everything")
 
 
-def refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """Autograd formulas of custom operators know reverse mode only: torch would drop tangents in silence."""
+def on_one_device(operator: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, but a ValueError is raised unless all tensors among its arguments are on one device.
+
+    For the kernels of `operator`, the fake one included: torch runs an operator's fake kernel as soon as one
+    tensor is on the meta device, and memory that nobody wrote would be the result. A scalar on the CPU goes
+    with every device, as in torch.
+    """
+
+    def run(*arguments: Any) -> Any:
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        devices = [x.device for x in tensors if x.dim() > 0 or x.device.type != "cpu"]
+        if any(device != devices[0] for device in devices):
+            given = ", ".join(str(device) for device in dict.fromkeys(devices))
+            raise ValueError(
+                f"the tensors of {operator} must be on one device, got {given}; move them with .to(x.device)"
+            )
+        return kernel(*arguments)
+
+    return run
+
+
+def refuse_forward_mode(operation: str, instead: str, *tensors: Tensor | None) -> None:
+    """Autograd formulas of custom operators know reverse mode only: torch would drop tangents in silence.
+
+    The error says that `operation` has no forward-mode derivative, and to use `instead`.
+    """
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(
-            "attention's native kernels have no forward-mode derivative; use backend='reference' for "
-            "torch.func.jvp and dual numbers"
+            f"{operation} no forward-mode derivative; use {instead} for torch.func.jvp and dual numbers"
         )
 
 

@@ -39,6 +39,9 @@ MAX_CHUNK_LENGTH = 2**24
 MAX_NEIGHBOURS = 2**16
 """Bounds that keep every product of configuration values far inside a 64-bit integer."""
 
+MAX_SCALE = 2.0**127
+"""Kernels multiply the scale by log2(e) in float32, where a larger one would be infinite."""
+
 
 def automatic_factors(length: int, span: int) -> tuple[int, ...]:
     """Bucket factors for `length` tokens at two buckets for each `span` tokens (each factor even).
@@ -115,9 +118,9 @@ class LSHConfig:
             looks back at the previous round's last chunk, the first round's at the last round's.
         key_norm: "rms": k = q / sqrt(mean(q^2) + 1e-6) / sqrt(D) (trax, Hugging Face).
             "l2": k = q / max(|q|, 1e-12) (reformer_pytorch). "none": k = q.
-        scale: the factor of the logits. None takes what goes with the keys, see `logit_scale`: 1 for
-            shared query-keys with key_norm "rms" (trax, Hugging Face), else D ** -0.5 (reformer_pytorch,
-            and ordinary attention over keys of their own).
+        scale: the factor of the logits, in 0..2**127. None takes what goes with the keys, see
+            `logit_scale`: 1 for shared query-keys with key_norm "rms" (trax, Hugging Face), else D ** -0.5
+            (reformer_pytorch, and ordinary attention over keys of their own).
     """
 
     n_hashes: int = 4
@@ -282,10 +285,13 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_scale(scale: Any) -> None:
-    """Raises ValueError unless `scale` is None or a finite number that is not negative."""
+    """Raises ValueError unless `scale` is None or a number in 0..MAX_SCALE."""
     number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    if scale is not None and not (number and math.isfinite(scale) and scale >= 0):
-        raise ValueError(f"scale must be a finite number >= 0, or None for head_dim ** -0.5, got {scale!r}")
+    if scale is not None and not (number and 0 <= scale <= MAX_SCALE):
+        raise ValueError(
+            f"scale must be a finite number >= 0 and at most 2**127 (1.7e38), or None for head_dim ** -0.5, "
+            f"got {scale!r}"
+        )
 
 
 def _is_integer(value: object) -> bool:

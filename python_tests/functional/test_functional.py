@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from python_tests.helpers import NATIVE, assert_close, gradients, padding_mask, qkv
 from reformer_kernels import Layout, LSHConfig, _backend, _native
 from reformer_kernels import functional as F
+from reformer_kernels.config import MAX_SCALE
 from reformer_kernels.testing import normal
 
 CONFIG = LSHConfig.paper(chunk_length=4, n_hashes=2, bucket_factors=(4, 2))
@@ -220,6 +221,7 @@ def test_the_unchanged_call_is_right() -> None:
         ),
         (lambda x: F.local_attention(x, x, x, ring=1), ValueError, "ring must be True or False, got 1"),  # type: ignore[call-overload]
         (lambda x: F.local_attention(x, x, x, scale=-1), ValueError, "scale must be a finite number"),
+        (lambda x: F.local_attention(x, x, x, scale=1e39), ValueError, r"at most 2\*\*127"),
         (lambda x: F.sample_rotations(CONFIG, 0, 4, 0), ValueError, "num_heads must be an integer in 1"),
         (
             lambda x: F.sample_rotations(CONFIG, 2, 300, 0),
@@ -482,3 +484,11 @@ def test_compiles_to_one_graph(backend: str, config: LSHConfig) -> None:
 def test_memory_is_poisoned() -> None:
     """What conftest.py promises, and every other test relies on."""
     assert bool(torch.empty(5).isnan().all()) and bool((torch.empty(5, dtype=torch.int32) == 2**31 - 1).all())
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_the_largest_scale_is_finite(backend: Any) -> None:
+    q, v = zeros(1, 1, 16, 8).requires_grad_(), torch.ones(1, 1, 16, 8)
+    out = F.local_attention(q, q, v, chunk_length=8, scale=MAX_SCALE, backend=backend)
+    out.sum().backward()
+    assert torch.allclose(out, v) and q.grad is not None and (q.grad == 0).all()

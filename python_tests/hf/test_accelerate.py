@@ -381,3 +381,32 @@ def test_low_precision_is_no_worse(dtype: Any) -> None:
             hf.accelerate(layer)
         theirs, ours = errors
         assert ours < min(theirs, 2e-2), (ours, theirs)
+
+
+@pytest.mark.parametrize("backend", ["reference", NATIVE])
+def test_lora_on_every_linear_layer(backend: str) -> None:
+    peft = pytest.importorskip("peft", reason="peft comes with the extra `test`")
+    original = make(LM, is_decoder=True)
+    names = [name for name, layer in original.named_modules() if type(layer) is nn.Linear]
+    torch.manual_seed(2)
+    original = peft.get_peft_model(
+        original, peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+    ).eval()
+    # Else nothing that enters transformers' reversible layers needs a gradient, and they give none.
+    original.enable_input_require_grads()
+    ours = copy.deepcopy(original).to(DTYPE[backend])
+    assert len(hf.accelerate(ours, backend=backend).replaced) == 4
+    ids = tokens(2, 48)
+    expected = original(ids).logits
+    assert relative_error(ours(ids).logits, expected) < SAME[backend]
+    for model in (original, ours):
+        model.train()
+        loss_of(model, ids).backward()
+    gradients = {name: p.grad for name, p in original.named_parameters() if p.requires_grad}
+    for name, p in ours.named_parameters():
+        assert ("lora_" in name) == p.requires_grad
+        if p.requires_grad:
+            assert relative_error(p.grad, gradients[name]) < 10 * SAME[backend], name
+    with torch.no_grad():
+        ours.eval().merge_adapter()
+        assert relative_error(ours(ids).logits, expected) < 10 * SAME[backend]

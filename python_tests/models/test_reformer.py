@@ -249,6 +249,15 @@ def refuse_head(model: ReformerLM, ordinary: Any) -> Any:
     return forward
 
 
+@pytest.mark.parametrize("length", [1, 9])
+def test_a_batch_with_nothing_to_predict_changes_no_parameter(length: int) -> None:
+    model, tokens = lm(), tokens_of(2, length)
+    labels = tokens if length == 1 else torch.full_like(tokens, -100)  # one token predicts none
+    model(tokens, labels=labels).backward()
+    assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+    assert model.head.weight.grad is not None
+
+
 def test_torch_manual_seed_reproduces_training_and_evaluation_draws_nothing() -> None:
     model, tokens = lm(small(**DROPOUTS)), tokens_of(2, 60)
     first, second = (loss_and_gradients(model, tokens) for _ in range(2))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reformer_kernels._checks import autocast, check_dropout
+from reformer_kernels._checks import autocast, check_dropout, refuse_forward_mode
 from reformer_kernels._random import Seed, resolve_seed
 from reformer_kernels.functional.chunk_arguments import check_device, check_floating, rows_per_chunk
 from reformer_kernels.ops.feed_forward import op as op  # registers the operators
@@ -66,6 +66,7 @@ def chunked_feed_forward(
     Raises:
         TypeError: an argument is no tensor, or has another dtype than x.
         ValueError: shapes, devices or values that do not fit.
+        NotImplementedError: an argument carries a tangent of forward-mode differentiation.
 
     >>> x, w1, w2 = torch.zeros(2, 100, 8), torch.zeros(32, 8), torch.zeros(8, 32)
     >>> chunked_feed_forward(x, w1, None, w2, None, activation="relu").shape
@@ -96,6 +97,9 @@ def chunked_feed_forward(
             "x, w1 and w2 must be (..., d_in), (d_ff, d_in) and (d_out, d_ff), got shapes "
             f"{tuple(x.shape)}, {tuple(w1.shape)} and {tuple(w2.shape)}"
         )
+    for name, tensor in (("w1", w1), ("w2", w2)):
+        if tensor.numel() < 1:
+            raise ValueError(f"d_in, d_ff and d_out must be at least 1, got {name} {tuple(tensor.shape)}")
     expected = function.inner_width(w2.size(1))
     if w1.size(0) != expected or w1.size(1) != x.size(-1):
         raise ValueError(
@@ -105,12 +109,23 @@ def chunked_feed_forward(
     for name, bias, width in (("b1", b1, w1.size(0)), ("b2", b2, w2.size(0))):
         if bias is not None and tuple(bias.shape) != (width,):
             raise ValueError(f"{name} must be ({width},), got {tuple(bias.shape)}")
+    refuse_forward_mode(
+        "chunked_feed_forward has", "torch.nn.functional's linear and activation", x, w1, b1, w2, b2
+    )
     flat = x.reshape(-1, x.size(-1))
-    # Backward holds a, h and dh, and for gated activations da beside dh.
-    columns = 2 * w1.size(0) + 2 * w2.size(1) if function.gated else 3 * w2.size(1)
-    rows = rows_per_chunk(chunk_size, memory_budget, DEFAULT_BUDGET, columns * x.dtype.itemsize, ROW_MULTIPLE)
+    rows = rows_of_hidden(activation, w2.size(1), x.dtype, chunk_size, memory_budget)
     seed_tensor = resolve_seed(seed) if dropout_p > 0 else None
     y: Tensor = torch.ops.reformer_kernels.chunked_feed_forward(
         flat, w1, b1, w2, b2, seed_tensor, activation, dropout_p, rows
     )
     return y.reshape(*x.shape[:-1], w2.size(0))
+
+
+def rows_of_hidden(
+    activation: str, d_ff: int, dtype: torch.dtype, chunk_size: int | None, memory_budget: int | None
+) -> int:
+    """The rows of a chunk: `chunk_size`, or as many as keep the temporaries of backward within the budget."""
+    function = ACTIVATIONS[activation]
+    # Backward holds a, h and dh, and for gated activations da beside dh.
+    columns = 2 * function.inner_width(d_ff) + 2 * d_ff if function.gated else 3 * d_ff
+    return rows_per_chunk(chunk_size, memory_budget, DEFAULT_BUDGET, columns * dtype.itemsize, ROW_MULTIPLE)

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from reformer_kernels._checks import check_tensor
+from reformer_kernels._checks import check_tensor, refuse_forward_mode
 from reformer_kernels._precision import wide_dtype
 from reformer_kernels.functional.chunk_arguments import check_device, check_floating, rows_per_chunk
 from reformer_kernels.ops.linear_cross_entropy import op as op  # registers the operators
@@ -54,7 +54,7 @@ def linear_cross_entropy(
     Args:
         x: (..., d) hidden states. x, weight, bias and class_weights are float32, bfloat16, float16 or
             float64, not necessarily all the same.
-        weight: (V, d), V classes.
+        weight: (V, d), V classes; V and d at least 1.
         target: (...) int64 classes, or `ignore_index` for rows that give no loss and no gradient. Class
             probabilities are refused: such a target is itself a [tokens, vocabulary] tensor.
         bias: (V,), or None.
@@ -75,6 +75,7 @@ def linear_cross_entropy(
     Raises:
         TypeError: an argument is no tensor, or has a dtype that is not accepted.
         ValueError: shapes, devices or values that do not fit.
+        NotImplementedError: x, weight or bias carries a tangent of forward-mode differentiation.
         IndexError: a target is not a class (on the CPU; elsewhere it fails as torch's indexing does).
 
     >>> x, weight, target = torch.zeros(2, 50, 8), torch.zeros(1000, 8), torch.zeros(2, 50, dtype=torch.int64)
@@ -113,6 +114,10 @@ def linear_cross_entropy(
             f"weight must be (V, {x.size(-1) if x.dim() else 'd'}) for x {tuple(x.shape)}, got "
             f"{tuple(weight.shape)}"
         )
+    if weight.size(0) < 1 or weight.size(1) < 1:
+        raise ValueError(
+            f"weight must be (V, d) with at least one class and one feature, got {tuple(weight.shape)}"
+        )
     if target.shape != x.shape[:-1]:
         raise ValueError(
             f"target must be {tuple(x.shape[:-1])} for x {tuple(x.shape)}, got {tuple(target.shape)}"
@@ -125,10 +130,11 @@ def linear_cross_entropy(
         raise ValueError(
             "class_weights get no gradient, got a tensor that requires one; pass class_weights.detach()"
         )
-    flat, flat_target = x.reshape(-1, x.size(-1)), target.reshape(-1)
-    rows = rows_per_chunk(
-        chunk_size, memory_budget, DEFAULT_BUDGET, classes * wide_dtype(x.dtype).itemsize, ROW_MULTIPLE
+    refuse_forward_mode(
+        "linear_cross_entropy has", "F.cross_entropy(F.linear(x, weight, bias), target)", x, weight, bias
     )
+    flat, flat_target = x.reshape(-1, x.size(-1)), target.reshape(-1)
+    rows = rows_of_logits(classes, x.dtype, chunk_size, memory_budget)
     constants = (ignore_index, label_smoothing, z_loss, rows)
     operators = torch.ops.reformer_kernels
     if reduction == "none":
@@ -145,7 +151,25 @@ def linear_cross_entropy(
     )[0]
     if reduction == "sum":
         return total
-    return total / _total_weight(flat_target, class_weights, ignore_index).to(total.dtype)
+    return mean_loss(total, _total_weight(flat_target, class_weights, ignore_index).to(total.dtype))
+
+
+def rows_of_logits(
+    classes: int, dtype: torch.dtype, chunk_size: int | None = None, memory_budget: int | None = None
+) -> int:
+    """The rows of a chunk: `chunk_size`, or as many as keep the logits of x of `dtype` within the budget."""
+    row_bytes = classes * wide_dtype(dtype).itemsize
+    return rows_per_chunk(chunk_size, memory_budget, DEFAULT_BUDGET, row_bytes, ROW_MULTIPLE)
+
+
+def mean_loss(total: Tensor, weight: Tensor) -> Tensor:
+    """total / weight, both scalars; where weight is 0, as where all rows are ignored, no gradient follows.
+
+    The loss itself is then NaN, or infinite where label smoothing gives a total, as in torch. The gradients
+    would be 0 / 0, which the next step of the optimizer would spread over all parameters.
+    """
+    nothing = weight == 0
+    return torch.where(nothing, total.detach() / weight, total / weight.masked_fill(nothing, 1))
 
 
 def _total_weight(target: Tensor, class_weights: Tensor | None, ignore_index: int) -> Tensor:

@@ -14,6 +14,7 @@ from reformer_kernels.models import generation
 from reformer_kernels.models.config import ReformerConfig
 from reformer_kernels.models.encoder import Reformer
 from reformer_kernels.models.files import Saveable
+from reformer_kernels.modules.linear import head_loss, is_plain_linear
 
 IGNORED = -100
 """The label of tokens that do not count in the loss, as in torch."""
@@ -24,6 +25,9 @@ class ReformerLM(Saveable):
 
     Each token gets V logits = hidden @ head.weight.T + head.bias. Given labels, the model returns the loss
     instead and computes it chunk by chunk: neither forward nor backward holds a [tokens, vocabulary] tensor.
+    A head that is no plain `nn.Linear` any more (an adapter, a quantised layer) or has hooks (pruning) is
+    called as a module, chunk by chunk, in forward and again in backward; one with buffers, which a call may
+    change, is called once and its logits are kept.
 
     Args:
         config: sizes and choices; see `ReformerConfig`.
@@ -113,4 +117,6 @@ class ReformerLM(Saveable):
             labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
             if key_padding_mask is not None:
                 labels = labels.masked_fill(key_padding_mask, IGNORED)
-        return functional.linear_cross_entropy(hidden, self.head.weight, labels, self.head.bias)
+        if is_plain_linear(self.head):
+            return functional.linear_cross_entropy(hidden, self.head.weight, labels, self.head.bias)
+        return head_loss(self.head, hidden, labels, self.config.vocab_size, IGNORED)

@@ -187,6 +187,7 @@ class LSHCache(_Cache):
         return super().joined(caches)
 
     def _hash(self, hashed: Tensor) -> Tensor:
+        self.rotations = self.rotations.to(hashed.device)  # the layer may have no parameter to tell where
         return functional.lsh_hash(hashed, self.rotations, self.factors, backend=self.backend)
 
     def _merge(self) -> None:

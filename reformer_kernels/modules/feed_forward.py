@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reformer_kernels import functional
+from reformer_kernels.functional.feed_forward import rows_of_hidden
 from reformer_kernels.modules.checks import check_dropout, check_positive
+from reformer_kernels.modules.linear import is_plain_linear, tokens_per_chunk
 from reformer_kernels.ops.feed_forward.activations import ACTIVATIONS
+from reformer_kernels.ops.feed_forward.reference import activate
 
 
 class ChunkedFeedForward(nn.Module):
@@ -17,6 +21,10 @@ class ChunkedFeedForward(nn.Module):
 
     Results and gradients equal those of `nn.Sequential(nn.Linear, activation, nn.Dropout, nn.Linear)`.
     `forward` maps (..., d_model) to (..., d_model) in x's dtype (the autocast dtype under autocast).
+
+    Where `inner` or `outer` is no plain `nn.Linear` any more (an adapter, a quantised layer) or has hooks
+    (pruning), both are called as modules, on chunks of tokens. Backward then holds the hidden columns of all
+    rows, as `nn.Sequential` does, because calling a module again might change it.
 
     Source: Kitaev et al., "Reformer" (arXiv 2001.04451), section 3.
 
@@ -57,6 +65,7 @@ class ChunkedFeedForward(nn.Module):
         self.inner = nn.Linear(d_model, inner_width, bias=bias, device=device, dtype=dtype)
         self.outer = nn.Linear(d_ff, d_model, bias=bias, device=device, dtype=dtype)
         self.activation = activation
+        self.d_ff = d_ff
         self.dropout = check_dropout(dropout)
         self.chunk_size = chunk_size
         self.memory_budget = memory_budget
@@ -65,6 +74,8 @@ class ChunkedFeedForward(nn.Module):
         return f"activation={self.activation!r}, dropout={self.dropout}"
 
     def forward(self, x: Tensor) -> Tensor:
+        if not (is_plain_linear(self.inner) and is_plain_linear(self.outer)):
+            return self._call_layers(x)
         return functional.chunked_feed_forward(
             x,
             self.inner.weight,
@@ -76,3 +87,17 @@ class ChunkedFeedForward(nn.Module):
             chunk_size=self.chunk_size,
             memory_budget=self.memory_budget,
         )
+
+    def _call_layers(self, x: Tensor) -> Tensor:
+        """As `forward`, by calls of both layers on chunks (..., n, d_model) of the tokens."""
+
+        def layers(chunk: Tensor) -> Tensor:
+            hidden = activate(self.inner(chunk), self.activation)
+            result: Tensor = self.outer(F.dropout(hidden, self.dropout, self.training))
+            return result
+
+        if x.dim() < 2:
+            return layers(x)
+        rows = rows_of_hidden(self.activation, self.d_ff, x.dtype, self.chunk_size, self.memory_budget)
+        chunks = x.split(tokens_per_chunk(x, rows), -2)
+        return layers(x) if len(chunks) == 1 else torch.cat([layers(chunk) for chunk in chunks], -2)

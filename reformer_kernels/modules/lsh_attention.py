@@ -158,7 +158,7 @@ class LSHSelfAttention(AttentionLayer):
         """
         length = max_length if bucket_length is None else bucket_length
         config, rotations = self._fixed_buckets(with_n_hashes(self.config, n_hashes), None, self.seed, length)
-        return LSHCache(config, rotations.to(self.query_key.weight.device), max_length, self.backend)
+        return LSHCache(config, rotations, max_length, self.backend)
 
     def decode(self, x: Tensor, cache: LSHCache, positions: Tensor | None = None) -> Tensor:
         """The results of `forward` for new tokens, which are added to `cache`; for causal layers only.

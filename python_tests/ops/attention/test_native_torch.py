@@ -428,6 +428,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception] | tuple[type[Exception], 
     "dropout": ({"dropout_p": 1.5}, ValueError),
     "negative dropout": ({"dropout_p": -0.5}, ValueError),
     "scale": ({"scale": math.nan}, ValueError),
+    "infinite scale": ({"scale": 1e39}, ValueError),
 }
 
 

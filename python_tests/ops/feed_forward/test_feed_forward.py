@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from reformer_kernels.benchmarks.memory import peak_allocated
 from reformer_kernels.functional import chunked_feed_forward
@@ -208,6 +209,12 @@ def test_memory_does_not_grow_with_d_ff_or_rows() -> None:
             "x and w1 must have one dtype, got torch.float32 and torch.float64",
         ),
         ({"x": torch.zeros(2, 9).double()}, ValueError, r"w1 must be \(7, 9\) .* got \(7, 5\)"),
+        (
+            {"x": torch.zeros(2, 0).double(), "w1": torch.zeros(7, 0).double()},
+            ValueError,
+            r"d_in, d_ff and d_out must be at least 1, got w1 \(7, 0\)",
+        ),
+        ({"w2": torch.zeros(0, 7).double()}, ValueError, r"at least 1, got w2 \(0, 7\)"),
         ({"activation": "glu"}, ValueError, r"w1 must be \(14, 5\)"),
         ({"b1": torch.zeros(3).double()}, ValueError, r"b1 must be \(7,\), got \(3,\)"),
         ({"w2": torch.zeros(3).double()}, ValueError, "x, w1 and w2 must be"),
@@ -227,3 +234,38 @@ def test_bad_module() -> None:
         ChunkedFeedForward(4, 8, dropout=1.5)
     with pytest.raises(ValueError, match="d_ff must be a positive integer"):
         ChunkedFeedForward(4, 0)
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_forward_mode_is_refused(which: int) -> None:
+    tensors = [t.detach() for t in arguments("gelu") if t is not None]
+
+    def layer(tensor: Tensor) -> Tensor:
+        return chunked_feed_forward(*(tensor if i == which else t for i, t in enumerate(tensors)))
+
+    message = "chunked_feed_forward has no forward-mode derivative; use torch.nn.functional"
+    tangent = torch.ones_like(tensors[which])
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(layer, (tensors[which],), (tangent,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        layer(forward_ad.make_dual(tensors[which], tangent))
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_tensors_on_several_devices_are_refused(which: int) -> None:
+    tensors = [*(t.detach() for t in arguments("gelu") if t is not None), torch.tensor(3)]
+    tensors[which] = tensors[which].to("meta")
+    with pytest.raises(ValueError, match="chunked_feed_forward must be on one device, got"):
+        torch.ops.reformer_kernels.chunked_feed_forward(*tensors, "gelu", 0.1, 4)
+    with pytest.raises(ValueError, match="must be on one device, got"):
+        chunked_feed_forward(*tensors[:5], dropout_p=0.1, seed=tensors[5])
+
+
+def test_the_meta_device_works_under_autocast_too() -> None:
+    layer = ChunkedFeedForward(6, 8, dropout=0.1, device="meta")
+    x = torch.empty(2, 3, 6, device="meta", requires_grad=True)
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y = layer(x)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert y.is_meta and grad.is_meta and y.shape == grad.shape == x.shape

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from reformer_kernels.benchmarks.memory import peak_allocated
 from reformer_kernels.functional import linear_cross_entropy
@@ -56,6 +57,25 @@ def test_equals_cross_entropy(reduction: Any, weighted: bool) -> None:
         torch.testing.assert_close(
             loss_and_gradients(ours, tensors), loss_and_gradients(theirs, tensors), rtol=1e-10, atol=1e-12
         )
+
+
+@pytest.mark.parametrize("rows", [0, 1, ROWS])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_mean_over_ignored_rows_alone_is_nan_and_has_no_gradient(rows: int, smoothing: float) -> None:
+    x, weight, target, bias = inputs(rows=rows)
+    target[:] = -100
+    ours = linear_cross_entropy(x, weight, target, bias, label_smoothing=smoothing)
+    theirs = F.cross_entropy(F.linear(x, weight, bias), target, label_smoothing=smoothing)
+    assert ours.isnan() and theirs.isnan()
+    for loss in (ours, theirs):
+        assert all((g == 0).all() for g in torch.autograd.grad(loss, [x, weight, bias]))
+
+
+def test_mean_over_classes_without_weight_has_no_gradient() -> None:
+    x, weight, target, bias = inputs()
+    loss = linear_cross_entropy(x, weight, target, bias, class_weights=torch.zeros(V))
+    assert loss.isnan()
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, [x, weight, bias]))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -321,6 +341,8 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(reduction: Any) -> No
         ({"target": torch.zeros(ROWS).int()}, TypeError, "target must be int64, got torch.int32"),
         ({"target": torch.zeros(3).long()}, ValueError, r"target must be \(23,\) .* got \(3,\)"),
         ({"weight": torch.zeros(V, 9)}, ValueError, r"weight must be \(V, 5\) .* got \(11, 9\)"),
+        ({"weight": torch.zeros(0, D)}, ValueError, r"at least one class and one feature, got \(0, 5\)"),
+        ({"x": torch.zeros(ROWS, 0), "weight": torch.zeros(V, 0)}, ValueError, r"got \(11, 0\)"),
         ({"bias": torch.zeros(3)}, ValueError, r"bias must be \(11,\), got \(3,\)"),
         ({"class_weights": torch.zeros(3)}, ValueError, r"class_weights must be \(11,\)"),
         ({"class_weights": torch.ones(V, requires_grad=True)}, ValueError, "class_weights get no gradient"),
@@ -340,3 +362,46 @@ def test_target_out_of_range_raises(bad: int) -> None:
     target[1] = bad
     with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):
         linear_cross_entropy(x, weight, target)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("which", range(3))
+def test_forward_mode_is_refused(reduction: Any, which: int) -> None:
+    x, weight, target, bias = (t.detach() for t in inputs())
+    tensors = [x, weight, bias]
+
+    def loss(tensor: Tensor) -> Tensor:
+        first, second, third = (tensor if i == which else t for i, t in enumerate(tensors))
+        return linear_cross_entropy(first, second, target, third, reduction=reduction)
+
+    message = r"linear_cross_entropy has no forward-mode derivative; use F\.cross_entropy"
+    tangent = torch.ones_like(tensors[which])
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(loss, (tensors[which],), (tangent,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        loss(forward_ad.make_dual(tensors[which], tangent))
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "target", "bias", "class_weights"])
+def test_tensors_on_several_devices_are_refused(name: str) -> None:
+    x, weight, target, bias = inputs()
+    tensors = {"x": x, "weight": weight, "target": target, "bias": bias, "class_weights": torch.ones(V)}
+    tensors[name] = tensors[name].to("meta")
+    for reduction in ("mean", "none"):
+        with pytest.raises(ValueError, match="must be on one device, got"):
+            linear_cross_entropy(**tensors, reduction=reduction)  # type: ignore[arg-type]
+    constants = (-100, 0.0, 0.0, 4)
+    operators = torch.ops.reformer_kernels
+    with pytest.raises(ValueError, match="linear_cross_entropy_sum must be on one device, got"):
+        operators.linear_cross_entropy_sum(*tensors.values(), *constants, [False] * 3)
+    with pytest.raises(ValueError, match="linear_cross_entropy_rows must be on one device, got"):
+        operators.linear_cross_entropy_rows(*tensors.values(), *constants)
+
+
+def test_the_meta_device_works_under_autocast_too() -> None:
+    x, weight, target, bias = (t.to("meta") for t in inputs(torch.float32))
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = linear_cross_entropy(x, weight, target, bias)
+        grads = torch.autograd.grad(loss, [x, weight])
+        assert all(t.is_meta for t in (loss, *grads)) and [g.shape for g in grads] == [x.shape, weight.shape]

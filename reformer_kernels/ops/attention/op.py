@@ -7,7 +7,6 @@ one place that lists what they take: the schema, the checks, the fake kernels an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple, get_type_hints
@@ -18,7 +17,7 @@ from torch import Tensor
 from reformer_kernels._checks import refuse_forward_mode
 from reformer_kernels._limits import MAX_HEAD_DIM
 from reformer_kernels.call import AttentionCall, is_padding
-from reformer_kernels.config import KEY_NORMS, MAX_CHUNK_LENGTH, MAX_NEIGHBOURS
+from reformer_kernels.config import KEY_NORMS, MAX_CHUNK_LENGTH, MAX_NEIGHBOURS, MAX_SCALE
 from reformer_kernels.layout import Layout
 from reformer_kernels.ops.attention import native, reference
 from reformer_kernels.rule import AttentionRule
@@ -139,10 +138,10 @@ class Arguments(NamedTuple):
                 "a rule for keys sorted apart must have rank_window, no ring and no exclude_self, "
                 f"got {self.rule}"
             )
-        if not math.isfinite(self.scale) or not 0 <= self.dropout_p < 1:
+        if not abs(self.scale) <= MAX_SCALE or not 0 <= self.dropout_p < 1:
             raise ValueError(
-                f"scale must be finite and dropout_p in [0, 1), got scale {self.scale} and dropout_p "
-                f"{self.dropout_p}"
+                f"scale must be finite, within +-2**127, and dropout_p in [0, 1), got scale {self.scale} and "
+                f"dropout_p {self.dropout_p}"
             )
         if self.dropout_p > 0 and (
             self.seed is None or self.seed.dtype != torch.int64 or self.seed.numel() != 1
@@ -221,7 +220,7 @@ def attention(
     )
     if call.backend == "reference":
         return reference.attention(arguments)
-    refuse_forward_mode(q, k, v)
+    refuse_forward_mode("attention's native kernels have", "backend='reference'", q, k, v)
     operators = torch.ops.reformer_kernels
     operator = operators.native_attention if call.backend == "native" else operators.triton_attention
     return operator(*arguments)

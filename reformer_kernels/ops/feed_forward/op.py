@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reformer_kernels._checks import on_one_device
 from reformer_kernels.ops.feed_forward import chunked
 
 _library = torch.library.Library("reformer_kernels", "FRAGMENT")
@@ -60,10 +61,12 @@ def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> Any:
     )
 
 
-_library.impl("chunked_feed_forward", chunked.forward, "CompositeExplicitAutograd")
-_library.impl("chunked_feed_forward_backward", chunked.backward, "CompositeExplicitAutograd")
-torch.library.register_fake("reformer_kernels::chunked_feed_forward", _fake_forward, lib=_library)
-torch.library.register_fake("reformer_kernels::chunked_feed_forward_backward", _fake_backward, lib=_library)
+for _name, _kernel, _fake in (
+    ("chunked_feed_forward", chunked.forward, _fake_forward),
+    ("chunked_feed_forward_backward", chunked.backward, _fake_backward),
+):
+    _library.impl(_name, on_one_device(_name, _kernel), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"reformer_kernels::{_name}", on_one_device(_name, _fake), lib=_library)
 torch.library.register_autograd(
     "reformer_kernels::chunked_feed_forward", _autograd, setup_context=_setup_context, lib=_library
 )

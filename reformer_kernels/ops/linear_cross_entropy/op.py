@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reformer_kernels._checks import on_one_device
 from reformer_kernels._precision import wide_dtype
 from reformer_kernels.ops.linear_cross_entropy import chunked
 
@@ -120,8 +121,8 @@ for _name, _kernel, _fake in (
     ("linear_cross_entropy_rows_backward", chunked.loss_rows_backward, _fake_rows_backward),
     ("linear_cross_entropy_scale", chunked.scale_gradient, _fake_scale),
 ):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"reformer_kernels::{_name}", _fake, lib=_library)
+    _library.impl(_name, on_one_device(_name, _kernel), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"reformer_kernels::{_name}", on_one_device(_name, _fake), lib=_library)
 torch.library.register_autograd(
     "reformer_kernels::linear_cross_entropy_sum", _autograd_sum, setup_context=_setup_sum, lib=_library
 )
