@@ -101,7 +101,7 @@ def first_run(record: BlockRecord, streams: Streams, differentiable: bool) -> tu
     # Aliases, so that the graph of this run ends at leaves that are known to be the block's own.
     parameters = module_tensors.aliases() if differentiable else module_tensors.parameters
     replaced = (
-        module_tensors.replaced_by(parameters, buffers=False) if differentiable else contextlib.nullcontext()
+        module_tensors.replaced_by(parameters, again=False) if differentiable else contextlib.nullcontext()
     )
     with replaced:
         for part in PARTS:
@@ -250,7 +250,7 @@ def _surroundings_of_first_run(record: BlockRecord, streams: Streams) -> Iterato
         if record.keep_random_state
         else contextlib.nullcontext()
     )
-    with random_state, record.tensors.replaced_by(aliases, buffers=True):
+    with random_state, record.tensors.replaced_by(aliases, again=True):
         yield aliases
 
 

@@ -132,8 +132,8 @@ class ReversibleSequence(nn.Module):
     graph, with one node for each block. So hooks, `torch.autograd.grad`, `retain_graph`,
     DistributedDataParallel, `torch.utils.checkpoint` and FSDP2 (`fully_shard` on blocks, and
     `cast_forward_inputs=False` in a mixed-precision policy) work as with other modules. For each block, the
-    state of the random number generators before f and before g, autocast's settings and references to the
-    arguments are kept.
+    state of the random number generators before f and before g, autocast's settings, the training mode of each
+    module and references to the arguments are kept, so `eval()` between forward and backward changes nothing.
 
     A call takes x, then any extra arguments for f and g. x is (..., 2 d), two streams side by side, or a pair
     of floating-point tensors of one shape. Tensors among the extra arguments, also within tuples, lists and
