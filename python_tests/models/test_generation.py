@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
+import threading
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from python_tests.helpers import assert_close, padding_mask
-from reformer_kernels import LSHConfig, ReformerConfig, ReformerLM
+from reformer_kernels import LSHConfig, ReformerConfig, ReformerEncoderDecoder, ReformerLM
 from reformer_kernels import functional as F
 from reformer_kernels.models.generation import Decoder, beam_search, choose
 from reformer_kernels.modules import LocalSelfAttention, LSHSelfAttention, caches
@@ -331,3 +333,69 @@ def test_wrong_use_is_refused() -> None:
             model.generate(**call)
     with pytest.raises(ValueError, match="needs a causal model"):
         lm(causal=False).generate(prompt, 3)
+
+
+def test_generation_leaves_the_mode_alone_at_every_moment() -> None:
+    """Other threads may train the model meanwhile, so no module's flag may change even for a moment."""
+    model = lm(dropout=0.5, attention_dropout=0.5).train()
+    expected = copy.deepcopy(model).eval().generate(tokens_of(2, 9), 5)
+    parts = [model.reformer.embedding, *model.reformer.layers.blocks, model.head]
+    seen = []
+
+    def note(*_: object) -> None:
+        seen.append([part.training for part in model.modules()])
+
+    for part in parts:
+        for module in part.modules():
+            module.register_forward_pre_hook(note)
+    model.head.eval()  # a mode of its own, as frozen parts have
+    modes = [part.training for part in model.modules()]
+    found = model.generate(tokens_of(2, 9), 5)
+    assert all(map(torch.equal, found, expected))
+    assert seen and all(moment == modes for moment in seen)
+
+
+def test_encoding_the_source_leaves_the_mode_alone() -> None:
+    config = dataclasses.replace(SMALL, dropout=0.5)
+    model = ReformerEncoderDecoder(
+        dataclasses.replace(config, causal=False, lsh=LSHConfig()),
+        dataclasses.replace(config, cross_attention="full"),
+    ).train()
+    seen = []
+    for module in model.encoder.modules():
+        module.register_forward_pre_hook(lambda *_: seen.append(model.training and model.encoder.training))
+    model.generate(tokens_of(2, 6), tokens_of(2, 3), 2)
+    assert seen and all(seen)
+
+
+def test_generation_beside_training_in_another_thread() -> None:
+    """Both give what they give alone. Training draws random numbers; generation without sampling does not."""
+    model = lm(dropout=0.5).train()
+    tokens = tokens_of(2, 12)
+    parameters = list(model.parameters())
+
+    def step() -> list[Tensor]:
+        torch.manual_seed(1)
+        return list(torch.autograd.grad(model(tokens).square().sum(), parameters))
+
+    gradients, expected = step(), model.generate(tokens, 3)
+    errors: list[Exception] = []
+    end = threading.Event()
+
+    def keep_generating() -> None:
+        try:
+            while not end.is_set():
+                assert all(map(torch.equal, model.generate(tokens, 3), expected))
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=keep_generating)
+    thread.start()
+    try:
+        for _ in range(20):
+            for found, alone in zip(step(), gradients, strict=True):
+                assert_close(found, alone)
+    finally:
+        end.set()
+        thread.join(60)
+    assert not errors, errors

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from reformer_kernels.models.config import ReformerConfig
 from reformer_kernels.models.encoder import Reformer
+from reformer_kernels.models.evaluation import evaluation_copy
 from reformer_kernels.models.files import Saveable
-from reformer_kernels.models.generation import evaluating
 from reformer_kernels.models.language_model import ReformerLM
 
 
@@ -109,8 +109,8 @@ class ReformerEncoderDecoder(Saveable):
 
         Needs cross_attention "full". The source is encoded once, with `source_padding_mask` as in the call.
         """
-        with evaluating(self), torch.no_grad():
-            memory = self.encoder(source, key_padding_mask=source_padding_mask)
+        with torch.no_grad():
+            memory = evaluation_copy(self.encoder)(source, key_padding_mask=source_padding_mask)
         return self.decoder.generate(
             prompt, max_new_tokens, memory=memory, memory_padding_mask=source_padding_mask, **options
         )

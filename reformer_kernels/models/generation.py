@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from reformer_kernels.config import check_integer
 from reformer_kernels.models.config import ReformerConfig
 from reformer_kernels.models.encoder import Reformer
+from reformer_kernels.models.evaluation import evaluation_copy
 from reformer_kernels.modules.caches import LayerCache
 
 STOPPED = -1
@@ -37,6 +37,8 @@ class Decoder:
     The logits equal those of the model's own call on the same tokens if a token sees the same keys whatever
     follows it. That holds for local and full layers, and for LSH layers with window="bucket". With
     window="chunks" a new token attends to the prefix as it is sorted when the token comes.
+
+    The computation is in evaluation mode; the model's own mode is left alone, so another thread may train it.
 
     Args:
         model: a causal `ReformerLM`, whose `config.seed` fixes the rotations.
@@ -76,6 +78,7 @@ class Decoder:
                 f"the model has positions for {table} tokens, prompt and new ones need {max_length}"
             )
         self.model = model
+        self._reformer, self._head = evaluation_copy(model.reformer), evaluation_copy(model.head)
         self.max_length = max_length
         self.n_hashes = n_hashes
         self.bucket_length = config.buckets_for if bucket_length is None else bucket_length
@@ -150,7 +153,7 @@ class Decoder:
 
     @property
     def _blocks(self) -> Any:
-        return self.model.reformer.layers.blocks
+        return self._reformer.layers.blocks
 
     def _run(
         self,
@@ -161,13 +164,12 @@ class Decoder:
         memory: Sequence[tuple[Tensor, ...]],
     ) -> Tensor:
         """The logits (B, V) after tokens (B, L) that follow what the caches hold, and which they take in."""
-        reformer = self.model.reformer
-        with evaluating(reformer):
-            first = second = reformer.embedding(tokens, positions, before)
-            for block, cache, of_layer in zip(self._blocks, caches, memory, strict=True):
-                first = first + block.f.decode(block.norm_f(second), cache, positions, of_layer)
-                second = second + block.g(block.norm_g(first))
-            logits: Tensor = self.model.head(reformer.finish(first[:, -1], second[:, -1]))
+        reformer = self._reformer
+        first = second = reformer.embedding(tokens, positions, before)
+        for block, cache, of_layer in zip(self._blocks, caches, memory, strict=True):
+            first = first + block.f.decode(block.norm_f(second), cache, positions, of_layer)
+            second = second + block.g(block.norm_g(first))
+        logits: Tensor = self._head(reformer.finish(first[:, -1], second[:, -1]))
         return logits
 
 
@@ -343,18 +345,6 @@ def beam_search(
         decoder.select(torch.tensor(parents, device=logits.device))
         logits = decoder.step(torch.tensor(chosen, device=logits.device))
     return [torch.tensor(hypotheses[0][1], device=logits.device) for hypotheses in finished]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every part of `model` in evaluation mode, and back into its own mode afterwards."""
-    training = [part for part in model.modules() if part.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def prompt_rows(tokens: Tensor, key_padding_mask: Tensor | None) -> list[Tensor]:

@@ -66,6 +66,7 @@ class PartRecord:
     """What the second run of f or g needs from the first."""
 
     random: RandomState | None = None
+    random_digest_after: bytes | None = None
     remembered: RememberedValues | None = None
     # Indices of the parameters that the part reads past their owners, from a reference of its own.
     read_elsewhere: list[int] = field(default_factory=list)
@@ -101,7 +102,7 @@ def first_run(record: BlockRecord, streams: Streams, differentiable: bool) -> tu
     # Aliases, so that the graph of this run ends at leaves that are known to be the block's own.
     parameters = module_tensors.aliases() if differentiable else module_tensors.parameters
     replaced = (
-        module_tensors.replaced_by(parameters, buffers=False) if differentiable else contextlib.nullcontext()
+        module_tensors.replaced_by(parameters, again=False) if differentiable else contextlib.nullcontext()
     )
     with replaced:
         for part in PARTS:
@@ -118,6 +119,9 @@ def first_run(record: BlockRecord, streams: Streams, differentiable: bool) -> tu
                 residual, auxiliary = _call_part(
                     record, part, leaf.requires_grad_() if differentiable else leaf, streams
                 )
+            if record.keep_random_state:
+                state = RandomState([value, *record.arguments])
+                part_record.random_digest_after = state.digest()
             if differentiable:
                 known = [leaf, *parameters, *record.arguments]
                 part_record.read_elsewhere = _check_leaves(
@@ -198,6 +202,14 @@ def _undo_part(
     leaf = streams.value(READ_STREAM[part]).detach().requires_grad_()
     with graph, remembering(part_record.remembered, replay=True):
         residual, auxiliary = _call_part(record, part, leaf, streams)
+    after = part_record.random_digest_after
+    if after is not None and after != RandomState([leaf, *record.arguments]).digest():
+        raise RuntimeError(
+            f"{part} of {record.name} drew other random numbers in its recomputation than in its forward "
+            "pass, so its gradients would be wrong. Another thread drew from torch's global generator at the "
+            "same time, or the part draws a different amount each time. Let threads draw from "
+            "torch.Generators of their own, or lock around forward and backward"
+        )
     streams.update(CHANGED_STREAM[part], residual.detach(), -1, record.block.norm_after(part, -1))
     return leaf, residual, auxiliary
 
@@ -250,7 +262,7 @@ def _surroundings_of_first_run(record: BlockRecord, streams: Streams) -> Iterato
         if record.keep_random_state
         else contextlib.nullcontext()
     )
-    with random_state, record.tensors.replaced_by(aliases, buffers=True):
+    with random_state, record.tensors.replaced_by(aliases, again=True):
         yield aliases
 
 

@@ -6,6 +6,7 @@ Source: Gomez et al., "The Reversible Residual Network" (arXiv 1707.04585), as u
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from reformer_kernels.reversible.fused_norm import Norm, Normed, check_norm, nor
 from reformer_kernels.reversible.graph import Enter, Leave, SequenceRun
 from reformer_kernels.reversible.recomputation import AutocastState
 from reformer_kernels.reversible.streams import FixedPointFormat, FloatFormat, StreamFormat
+from reformer_kernels.reversible.turns import turn
 
 Residual = Literal["float", "exact"]
 Route = Literal["f", "g", "both"]
@@ -116,6 +118,10 @@ class ReversibleBlock(nn.Module):
     def forward(self, x1: Tensor, x2: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], SequenceRun):  # a call by the block's sequence, with carriers
             return args[0].run_block(self, x1, x2, args[1:], kwargs)
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else turn:
+            return self._plain(x1, x2, args, kwargs)
+
+    def _plain(self, x1: Tensor, x2: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         residual, auxiliary_f = self.call_part("f", x2, args, kwargs)
         y1 = x1 + residual
         residual, auxiliary_g = self.call_part("g", y1, args, kwargs)
@@ -132,8 +138,12 @@ class ReversibleSequence(nn.Module):
     graph, with one node for each block. So hooks, `torch.autograd.grad`, `retain_graph`,
     DistributedDataParallel, `torch.utils.checkpoint` and FSDP2 (`fully_shard` on blocks, and
     `cast_forward_inputs=False` in a mixed-precision policy) work as with other modules. For each block, the
-    state of the random number generators before f and before g, autocast's settings and references to the
-    arguments are kept.
+    state of the random number generators before f and before g, autocast's settings, the training mode of
+    each module and references to the arguments are kept, so `eval()` between forward and backward changes
+    nothing.
+
+    Threads may share a sequence: the blocks of all sequences run one at a time, in forward and in backward.
+    Where another thread draws from torch's global generator during a run, the backward pass raises.
 
     A call takes x, then any extra arguments for f and g. x is (..., 2 d), two streams side by side, or a pair
     of floating-point tensors of one shape. Tensors among the extra arguments, also within tuples, lists and
@@ -164,7 +174,8 @@ class ReversibleSequence(nn.Module):
     Raises:
         TypeError, ValueError: blocks, input or settings are not accepted.
         RuntimeError: a block changed its input in place, or uses a tensor from outside whose gradient would
-            be lost; a parameter changed between forward and backward; a second derivative is asked for.
+            be lost; a parameter changed between forward and backward; another thread drew random numbers
+            during a run; a second derivative is asked for.
         FloatingPointError: with "exact", values of an earlier call left the representable range (see
             `check`).
 

@@ -24,6 +24,7 @@ from reformer_kernels.reversible.arguments import TreeWithoutTensors, take_tenso
 from reformer_kernels.reversible.block_runs import Block, BlockRecord, first_run, rebuild, second_run
 from reformer_kernels.reversible.recomputation import AutocastState, ModuleTensors
 from reformer_kernels.reversible.streams import StreamFormat, Streams
+from reformer_kernels.reversible.turns import turn
 
 
 class SequenceRun:
@@ -65,18 +66,19 @@ class SequenceRun:
                     "hooks, leave inputs alone"
                 )
         constants, arguments = take_tensors((tuple(args), dict(kwargs)))
-        module_tensors = ModuleTensors(block)
-        results: tuple[Tensor, ...] = _Step.apply(
-            self,
-            block,
-            module_tensors,
-            constants,
-            len(arguments),
-            first,
-            second,
-            *arguments,
-            *module_tensors.parameters,
-        )
+        with turn:
+            module_tensors = ModuleTensors(block)
+            results: tuple[Tensor, ...] = _Step.apply(
+                self,
+                block,
+                module_tensors,
+                constants,
+                len(arguments),
+                first,
+                second,
+                *arguments,
+                *module_tensors.parameters,
+            )
         return results
 
     def hold(self, saved: Sequence[Tensor]) -> None:
@@ -251,7 +253,7 @@ class _Step(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return (*none, *(None for _ in needs))
         second_order = torch.is_grad_enabled()
-        with torch.no_grad(), run.streams_after(ctx.index) as streams:
+        with torch.no_grad(), turn, run.streams_after(ctx.index) as streams:
             results = second_run(run.records[ctx.index], streams, list(grads), needs)
         if second_order:
             results = _refuse_second_derivatives(results)

@@ -1,12 +1,13 @@
 """What a recomputation must put back so that a module's second run equals its first.
 
 That is the state of the random number generators (`RandomState`), autocast's settings (`AutocastState`), and
-the parameters and buffers that the first run used (`ModuleTensors`).
+the parameters, the buffers and the training modes that the first run used (`ModuleTensors`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,6 +30,13 @@ class RandomState:
         self.states: list[Tensor] = []
         if self.device_type is not None:
             self.devices, self.states = get_device_states(*tensors)
+
+    def digest(self) -> bytes:
+        """A hash of the state, for comparison at a fraction of its 5 KB."""
+        hashed = hashlib.blake2b(digest_size=16)
+        for state in (self.cpu, *self.states):
+            hashed.update(state.numpy().tobytes())  # generator states are always on the CPU
+        return hashed.digest()
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
@@ -79,24 +87,27 @@ class AutocastState:
 
 
 class ModuleTensors:
-    """The parameters and buffers of a module and its submodules, as they are before a run.
+    """The parameters, buffers and training modes of a module and its submodules, as they are before a run.
 
     Attributes:
         parameters: each parameter once, shared ones too.
         owners: the module, the name and the index in `parameters` of each registration of a parameter.
         buffers: the module, the name, the buffer and its version.
+        modes: each module, and whether it was in training mode.
         stateful: the buffers that the first run changes, see `note_stateful_buffers`.
         versions: the version of each parameter.
     """
 
-    __slots__ = ("buffers", "owners", "parameters", "stateful", "versions")
+    __slots__ = ("buffers", "modes", "owners", "parameters", "stateful", "versions")
 
     def __init__(self, module: nn.Module) -> None:
         indices: dict[int, int] = {}
         self.parameters: list[Tensor] = []
         self.owners: list[tuple[nn.Module, str, int]] = []
         self.buffers: list[tuple[nn.Module, str, Tensor, int]] = []
+        self.modes: list[tuple[nn.Module, bool]] = []
         for submodule in module.modules():
+            self.modes.append((submodule, submodule.training))
             for name, parameter in submodule._parameters.items():
                 if parameter is None:
                     continue
@@ -143,20 +154,31 @@ class ModuleTensors:
         return [_alias(parameter) for parameter in self.parameters]
 
     @contextlib.contextmanager
-    def replaced_by(self, aliases: Sequence[Tensor], *, buffers: bool) -> Iterator[None]:
-        """A context in which the module uses `aliases` and, with `buffers`, the first run's buffers."""
+    def replaced_by(self, aliases: Sequence[Tensor], *, again: bool) -> Iterator[None]:
+        """A context in which the module uses `aliases` and, when it runs `again`, the first run's state.
+
+        That state is the buffers and the training mode of each submodule. A mode that was changed since, as
+        by `model.eval()`, is put back at the end.
+        """
         before: list[tuple[dict[str, Any], str, Any, Any]] = []
-        saved = [(buffer, buffer.clone()) for buffer in self.stateful] if buffers else []
+        changed_modes: list[nn.Module] = []
+        saved = [(buffer, buffer.clone()) for buffer in self.stateful] if again else []
         try:
             for submodule, name, index in self.owners:
                 before.append((submodule._parameters, name, submodule._parameters[name], aliases[index]))
                 submodule._parameters[name] = aliases[index]  # type: ignore[assignment]
-            if buffers:
+            if again:
+                for submodule, training in self.modes:
+                    if submodule.training != training:
+                        changed_modes.append(submodule)
+                        submodule.training = training
                 for submodule, name, buffer, _ in self.buffers:
                     before.append((submodule._buffers, name, submodule._buffers[name], None))
                     submodule._buffers[name] = buffer
             yield
         finally:
+            for submodule in changed_modes:
+                submodule.training = not submodule.training
             for table, name, old, alias in before:
                 # A parameter that the module itself replaced during the run is its new state.
                 if alias is None or table.get(name) is alias:

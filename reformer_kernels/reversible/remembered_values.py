@@ -49,7 +49,8 @@ def remember(make: Callable[[], T]) -> T:
 
     This is for discrete choices, such as the layouts of LSH attention, which a rounding error in a rebuilt
     activation could change. Only a `ReversibleSequence` made with `keep_layouts=True` keeps them; elsewhere
-    the result is `make()`. The value must not carry a gradient.
+    the result is `make()`. The value must not carry a gradient, and `make` must not
+    draw from torch's global generator, as the recomputation does not call it.
     """
     current = getattr(_current, "values_and_replay", None)
     if current is None:
