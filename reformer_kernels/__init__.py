@@ -1,5 +1,6 @@
 """Fast kernels for the Reformer (Kitaev, Kaiser, Levskaya, arXiv 2001.04451) in PyTorch."""
 
+from reformer_kernels import _command as _command  # first: it says what Ctrl-C does until all is imported
 from reformer_kernels import functional
 from reformer_kernels.config import LSHConfig
 from reformer_kernels.layout import Layout

@@ -26,7 +26,7 @@ from reformer_kernels.cli import app
 from reformer_kernels.cli.arguments import printable
 from reformer_kernels.cli.train import Interrupt
 from reformer_kernels.models import CheckpointError
-from reformer_kernels.training.byte_model import byte_model
+from reformer_kernels.training.byte_model import byte_config, byte_model
 from reformer_kernels.training.checkpoint import Recipe, read_checkpoint
 from reformer_kernels.training.text import Text, TextError, load_text
 from reformer_kernels.training.trainer import DivergedError, Trainer
@@ -223,7 +223,7 @@ def full_disk(descriptor: int) -> None:
         (["--lr", "nan"], "--lr must be positive, got nan"),
         (["--seed", "-1"], "--seed must be from 0"),
         (["--dim", "30", "--heads", "4"], "--dim must be a multiple of --heads"),
-        (["--chunk", "100000000", "--seq-len", "64"], "chunk_length must be an integer in"),
+        (["--chunk", "100000000", "--seq-len", "64"], "--chunk must be at most 16777216, got 100000000"),
         (["--sample-length", "-1"], "--sample-length must be at least 0"),
         (["--backend", "fast"], "--backend must be one of"),
         (["--resume"], "--resume needs --checkpoint FOLDER"),
@@ -319,7 +319,7 @@ def test_bad_checkpoints(text_file: Path, tmp_path: Path) -> None:
     assert "is not of reformer-kernels train" in refused_with(format="other")
     assert "its model and training.json are of different steps" in refused_with(model_sha256="")
     assert "trained with SGD; torch" in refused_with(optimizers=["SGD"])
-    assert "steps must be an integer of at least 1, got 0" in refused_with(recipe={"steps": 0})
+    assert "steps must be an integer from 1 to 2147483647, got 0" in refused_with(recipe={"steps": 0})
     assert "unexpected keyword" in refused_with(recipe={"colour": 1})
     assert "step must be an integer" in refused_with(step=None)
     (path / "training.json").write_text("{}")
@@ -410,7 +410,7 @@ def test_divergence_stops_before_the_weights_are_spoilt(text_file: Path) -> None
 
 
 def test_the_model_sees_no_later_byte_and_is_reversible() -> None:
-    model = byte_model(dim=16, layers=2, heads=2, n_hashes=2, chunk_length=8, seq_len=60).eval()
+    model = byte_model(byte_config(dim=16, layers=2, heads=2, n_hashes=2, chunk_length=8, seq_len=60)).eval()
     assert model.config.residual == "float"
     tokens = torch.randint(256, (1, 60), generator=torch.Generator().manual_seed(1))
     # The first guess of every byte is 1 in 256.

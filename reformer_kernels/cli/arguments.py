@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +17,10 @@ from reformer_kernels._backend import resolve_backend
 BACKENDS = ("auto", "reference", "native", "triton")
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as in a shell, so that a script sees that the work was cut off."""
+MAX_THREADS = max(1024, os.cpu_count() or 1)
+"""The most CPU threads: torch's libraries end the process where they get no memory for their threads."""
+MAX_SEED = 2**63 - 1
+"""The largest seed of torch's generators."""
 FILE_WIDTH = 180
 """Columns of tables that are written to a file or a pipe."""
 
@@ -34,15 +40,20 @@ def positive(name: str, value: Number, most: Number | None = None) -> Number:
     return value
 
 
-def integers(name: str, text: str) -> tuple[int, ...]:
-    """Positive integers separated by commas."""
+def integers(name: str, text: str, most: int | None = None) -> tuple[int, ...]:
+    """Positive integers, at most `most`, separated by commas."""
     try:
         values = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise usage_error(f"{name} must be positive integers separated by commas, got {text!r}") from None
     if any(value < 1 for value in values):
         raise usage_error(f"{name} must be positive integers separated by commas, got {text!r}")
-    return tuple(dict.fromkeys(values))
+    return tuple(dict.fromkeys(positive(name, value, most) for value in values))
+
+
+def threads(count: int | None) -> int:
+    """The number of CPU threads: what --threads gives, or torch's own number."""
+    return torch.get_num_threads() if count is None else positive("--threads", count, MAX_THREADS)
 
 
 def choice(name: str, value: str, accepted: Sequence[str]) -> str:
@@ -95,15 +106,25 @@ def writable_file(name: str, path: Path | None) -> None:
         raise usage_error(f"{name}: the folder {path.absolute().parent} does not exist")
 
 
+class Output(Console):
+    """Standard output. Where its reader leaves (`train | head -1`), the work goes on and writes its files."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 def new_console(most: int | None = None) -> Console:
     """Standard output, at most `most` columns wide, and never wider than the terminal.
 
     Where it is no terminal (a file, a pipe), it has `most` columns, or enough for every table.
     """
-    console = Console()
+    console = Output()
     if not console.is_terminal:
-        return Console(width=most or FILE_WIDTH)
-    return console if most is None else Console(width=min(most, console.width))
+        return Output(width=most or FILE_WIDTH)
+    return console if most is None else Output(width=min(most, console.width))
 
 
 def printable(data: bytes | str) -> str:

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from reformer_kernels._limits import MAX_HEAD_DIM
+from reformer_kernels._limits import MAX_HEAD_DIM, MAX_LENGTH
 from reformer_kernels.benchmarks import plots, results, tables
 from reformer_kernels.benchmarks.harness import Settings, run
 from reformer_kernels.benchmarks.peers import PEERS
@@ -25,9 +25,20 @@ from reformer_kernels.benchmarks.sizes import DTYPES, Sizes
 from reformer_kernels.cli import arguments
 from reformer_kernels.cli.arguments import usage_error, writable_file
 from reformer_kernels.cli.bench_results import compare, plot
+from reformer_kernels.config import MAX_CHUNK_LENGTH, MAX_HASHES
+from reformer_kernels.models.config import MAX_SIZE
 
 DEFAULT = next(iter(OPERATIONS))
 TABLE_WIDTH = 100
+
+LIMITS = {
+    "seq_lens": MAX_LENGTH,
+    "head_dim": MAX_HEAD_DIM,
+    "layers": 10_000,
+    "hashes": MAX_HASHES,
+    "chunk": MAX_CHUNK_LENGTH,
+}
+"""The largest values of options; those of other sizes is `MAX_SIZE`."""
 
 OPTIONS: dict[str, Any] = {
     "seq_lens": Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")],
@@ -197,11 +208,11 @@ def _settings(operation: Operation, options: dict[str, Any], console: Console) -
             if not axes[AXES[name]]:
                 raise usage_error(f"--variants must name one or more of {', '.join(operation.variants)}")
         elif name in AXES:
-            axes[AXES[name]] = arguments.integers(_flag(name), value)
+            axes[AXES[name]] = arguments.integers(_flag(name), value, most=LIMITS.get(name, MAX_SIZE))
         elif name in ("causal", "backend"):
             sizes[SINGLE[name]] = value
         elif name in SINGLE:
-            most = MAX_HEAD_DIM if name == "head_dim" else None
+            most = LIMITS.get(name, MAX_SIZE)
             sizes[SINGLE[name]] = arguments.positive(_flag(name), value, most=most)
     dtype, device = options["dtype"], arguments.device(options["device"])
     arguments.choice("--dtype", dtype, tuple(DTYPES))
@@ -211,7 +222,6 @@ def _settings(operation: Operation, options: dict[str, Any], console: Console) -
     if operation.package is not None and (reason := PEERS[operation.package].missing()) is not None:
         raise usage_error(reason)
     axes = {name: axes[name] for name in AXES.values() if name in axes}
-    threads = options["threads"]
     max_seconds = options.get("max_seconds")
     return Settings(
         operation,
@@ -223,7 +233,7 @@ def _settings(operation: Operation, options: dict[str, Any], console: Console) -
         max_repeats=arguments.positive("--repeats", options["repeats"]),
         max_seconds=None if max_seconds is None else arguments.positive("--max-seconds", max_seconds),
         measure_memory=options["memory"],
-        threads=arguments.positive("--threads", torch.get_num_threads() if threads is None else threads),
+        threads=arguments.threads(options["threads"]),
     )
 
 

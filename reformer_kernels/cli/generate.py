@@ -10,9 +10,10 @@ from typing import Annotated
 import torch
 import typer
 
+from reformer_kernels.cli import arguments
 from reformer_kernels.cli.arguments import INTERRUPTED, positive, printable, usage_error
 from reformer_kernels.models import CheckpointError, ReformerLM
-from reformer_kernels.training.byte_model import VOCABULARY
+from reformer_kernels.training.byte_model import VOCABULARY, not_finite
 
 
 def generate(
@@ -41,8 +42,9 @@ def generate(
             positive(name, value)
     if not prompt:
         raise usage_error("--prompt must hold at least one byte")
-    if threads is not None:
-        torch.set_num_threads(positive("--threads", threads))
+    if not 0 <= seed <= arguments.MAX_SEED:
+        raise usage_error(f"--seed must be from 0 to 2**63 - 1, got {seed}")
+    torch.set_num_threads(arguments.threads(threads))
     try:
         model = ReformerLM.load(checkpoint)
     except CheckpointError as error:
@@ -51,6 +53,8 @@ def generate(
         raise usage_error(
             f"{checkpoint} is a model of {model.config.vocab_size} tokens, not of the {VOCABULARY} bytes"
         )
+    if broken := not_finite(model):
+        raise usage_error(f"the weights in {checkpoint} are not finite ({', '.join(broken[:3])})")
     data = prompt.encode(errors="surrogateescape")
     tokens = torch.tensor([list(data)], dtype=torch.int64)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

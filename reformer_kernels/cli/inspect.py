@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from reformer_kernels._files import write_atomically
-from reformer_kernels._limits import KERNEL_DTYPES, MAX_HEAD_DIM
+from reformer_kernels._limits import KERNEL_DTYPES, MAX_HEAD_DIM, MAX_LENGTH
 from reformer_kernels.benchmarks import machine
 from reformer_kernels.cli.arguments import (
+    MAX_THREADS,
     choices,
     integers,
     new_console,
@@ -24,10 +25,12 @@ from reformer_kernels.cli.arguments import (
     usage_error,
     writable_file,
 )
+from reformer_kernels.config import MAX_CHUNK_LENGTH, MAX_HASHES
 from reformer_kernels.gpu import cost_model, machine_code
 from reformer_kernels.gpu.architectures import ARCHITECTURES, CHIPS
 from reformer_kernels.gpu.machine_code import Inspected, Request
 from reformer_kernels.gpu.specializations import HEAD_DIMS, OPERATIONS, OPTIONS
+from reformer_kernels.models.config import MAX_SIZE
 
 SCHEMA = 1
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in KERNEL_DTYPES}
@@ -79,12 +82,14 @@ def inspect(
     for request in requests:
         positive("--head-dim", request.head_dim, most=MAX_HEAD_DIM)
     shape = cost_model.Shape(
-        heads=positive("--heads", heads),
-        length=positive("--seq-len", seq_len),
-        n_hashes=positive("--hashes", hashes),
-        chunk_length=positive("--chunk", chunk),
+        heads=positive("--heads", heads, MAX_SIZE),
+        length=positive("--seq-len", seq_len, MAX_LENGTH),
+        n_hashes=positive("--hashes", hashes, MAX_HASHES),
+        chunk_length=positive("--chunk", chunk, MAX_CHUNK_LENGTH),
     )
-    workers = positive("--processes", processes if processes is not None else os.cpu_count() or 1)
+    workers = positive(
+        "--processes", processes if processes is not None else os.cpu_count() or 1, MAX_THREADS
+    )
     writable_file("--json", json_file)
     reason = machine_code.unavailable()
     if reason is not None:

@@ -12,6 +12,7 @@ import typer
 from rich import box
 from rich.table import Table
 
+from reformer_kernels._limits import MAX_HEAD_DIM, MAX_LENGTH
 from reformer_kernels.benchmarks import machine
 from reformer_kernels.benchmarks.recall import (
     CLUSTERS,
@@ -25,6 +26,7 @@ from reformer_kernels.benchmarks.recall import (
     read_heads,
 )
 from reformer_kernels.benchmarks.results import write_json
+from reformer_kernels.cli import arguments
 from reformer_kernels.cli.arguments import (
     choices,
     integers,
@@ -33,6 +35,8 @@ from reformer_kernels.cli.arguments import (
     usage_error,
     writable_file,
 )
+from reformer_kernels.config import MAX_CHUNK_LENGTH, MAX_HASHES
+from reformer_kernels.models.config import MAX_SIZE
 from reformer_kernels.training.text import TextError, load_text
 
 MASKS = {"causal": True, "both": False}
@@ -105,7 +109,10 @@ def recall(
     against each other. **shared-QK**: the paper's chunks (or the model's rule) over query-keys, of their own
     full attention. No form sees more than `window` keys a round.
     """
-    window_sizes, rounds = integers("--windows", windows), integers("--hashes", hashes)
+    window_sizes, rounds = (
+        integers("--windows", windows, MAX_CHUNK_LENGTH),
+        integers("--hashes", hashes, MAX_HASHES),
+    )
     asked = None if masks is None else choices("--masks", masks, tuple(MASKS))
     if asked == ():
         raise usage_error("--masks must name causal, both, or both words")
@@ -113,9 +120,8 @@ def recall(
     synthetic = {"heads": heads, "head_dim": head_dim, "noise": noise, "offset": offset}
     kinds = _kinds(clustered, activations is not None or model is not None)
     _refuse_unused(kinds, model, {"--text": text, "--seq-len": seq_len}, synthetic)
-    length = positive("--seq-len", SEQ_LEN if seq_len is None else seq_len)
-    if threads is not None:
-        torch.set_num_threads(positive("--threads", threads))
+    length = positive("--seq-len", SEQ_LEN if seq_len is None else seq_len, MAX_LENGTH)
+    torch.set_num_threads(arguments.threads(threads))
     data = _synthetic(kinds, length, synthetic)
     try:
         if activations is not None:
@@ -167,8 +173,8 @@ def _refuse_unused(
 def _synthetic(kinds: tuple[str, ...], length: int, options: dict[str, Any]) -> list[Heads]:
     for name, default in SYNTHETIC.items():
         options[name] = default if options[name] is None else options[name]
-    for name in ("heads", "head_dim"):
-        positive(f"--{name.replace('_', '-')}", options[name])
+    positive("--heads", options["heads"], MAX_SIZE)
+    positive("--head-dim", options["head_dim"], MAX_HEAD_DIM)
     noise, offset = options["noise"], options["offset"]
     if not (math.isfinite(noise) and noise >= 0 and math.isfinite(offset)):
         raise usage_error(f"--noise and --offset must be finite and --noise >= 0, got {noise} and {offset}")

@@ -21,7 +21,9 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text as RichText
 
+from reformer_kernels._files import remove_left_over
 from reformer_kernels._limits import MAX_HEAD_DIM
+from reformer_kernels.cli import arguments
 from reformer_kernels.cli.arguments import (
     INTERRUPTED,
     new_console,
@@ -30,7 +32,7 @@ from reformer_kernels.cli.arguments import (
     usable_backend,
     usage_error,
 )
-from reformer_kernels.training.checkpoint import Recipe, read_checkpoint
+from reformer_kernels.training.checkpoint import LIMITS, Recipe, read_checkpoint
 from reformer_kernels.training.text import TextError, load_text
 from reformer_kernels.training.trainer import DivergedError, Trainer
 
@@ -112,7 +114,7 @@ def train(
     given = {name: value for name, value in options.items() if value is not None}
     for name, value in given.items():
         if name != "seed":
-            positive("--" + name.replace("_", "-"), value)
+            positive("--" + name.replace("_", "-"), value, LIMITS[name])
     positive("--eval-every", eval_every)
     if sample_length < 0:
         raise usage_error(f"--sample-length must be at least 0, got {sample_length}")
@@ -121,8 +123,9 @@ def train(
     usable_backend(backend, "cpu", torch.float32)
     if checkpoint is not None:
         _check_folder(checkpoint)
-    if threads is not None:
-        torch.set_num_threads(positive("--threads", threads))
+        if checkpoint.exists():
+            remove_left_over(checkpoint)
+    torch.set_num_threads(arguments.threads(threads))
 
     console = new_console()
     try:

@@ -147,17 +147,27 @@ class AcceleratedLocalSelfAttention(peer.LocalSelfAttention):
             return_lse=True,
         )
         if mask is not None:
-            out = torch.where(lse[..., None] < SEES_NOTHING, self._mean_of_window(v), out)
+            out = torch.where(lse[..., None] < SEES_NOTHING, self._masked_window(v), out)
         return peer.LocalSelfAttentionOutput(_merge_heads(out), ())
 
-    def _mean_of_window(self, v: Tensor) -> Tensor:
-        """The output of a query that sees only padding: the mean value of its window, later keys too."""
+    def _masked_window(self, v: Tensor) -> Tensor:
+        """The output of a query that sees only padding: a weight times the values of its window.
+
+        The weight is what the original's arithmetic makes of equal logits of -1e9 (-1e4 in float16): 1 in
+        float32, where exp(logit - logsumexp) loses the number of keys, and 1 / keys in float64.
+        """
         if v.shape[2] <= self.chunk_length:
-            return v.mean(2, keepdim=True)
-        chunks = v.unflatten(2, (-1, self.chunk_length)).mean(3)
+            return self._masked_weight(v, v.shape[2]) * v.sum(2, keepdim=True)
+        chunks = v.unflatten(2, (-1, self.chunk_length)).sum(3)
         neighbours = range(-self.num_chunks_after, self.num_chunks_before + 1)
-        mean = torch.stack([chunks.roll(shift, 2) for shift in neighbours]).mean(0)
-        return mean.repeat_interleave(self.chunk_length, 2)
+        total = torch.stack([chunks.roll(shift, 2) for shift in neighbours]).sum(0)
+        weight = self._masked_weight(v, self.chunk_length * len(neighbours))
+        return (weight * total).repeat_interleave(self.chunk_length, 2)
+
+    def _masked_weight(self, v: Tensor, keys: int) -> Tensor:
+        masked = self.mask_value_float16 if v.dtype == torch.float16 else self.mask_value_float32
+        logits = v.new_full((keys,), float(masked))
+        return torch.exp(logits[:1] - torch.logsumexp(logits, -1, keepdim=True)).to(v.dtype)
 
 
 ACCELERATED: dict[type[nn.Module], type[nn.Module]] = {

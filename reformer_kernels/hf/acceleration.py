@@ -35,8 +35,10 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> ReplacementReport:
     - the recomputation of LSH layers repeats the dropout of the forward pass. The original draws rotations
       only in the forward pass, so all later random numbers differ and its gradients are wrong;
     - the original's masks round in float32 and below: a query that sees only itself is up to 0.4% off over
-      several rounds, and a query of a local layer that sees only padding gets the sum of the values. Here
-      both get what the original gives in exact arithmetic.
+      several rounds. Here it gets what the original gives in exact arithmetic.
+
+    A query of a local layer that sees only padding gets what the original's rounding gives it: the sum of the
+    window's values in float32, their mean in float64.
 
     Dropout draws other numbers with the same statistics. A query that sees only itself drops its value as one
     key in each round; a query that sees only padding drops nothing.

@@ -59,9 +59,11 @@ def from_pretrained(
 
     The model hashes and attends as transformers does (`LSHConfig.trax`, local attention on a ring of chunks),
     with these differences:
-    - the language model's logits include `lm_head.bias`;
+    - the language model's logits include `lm_head.bias` where there is no `lm_head.decoder.bias`, the one
+      that transformers from 5.24 on adds;
     - any length works without padding by the caller;
-    - with a padding mask, positions count tokens only (`position_ids=torch.arange(L)` gives transformers');
+    - with a padding mask, positions and the chunks of local layers count tokens only
+      (`position_ids=torch.arange(L)` gives transformers');
     - in evaluation `hash_seed` fixes the rotations (0 where it is null);
     - where `num_buckets` is null, a causal model has the buckets of `max_position_embeddings` tokens, others
       those of each call's length (in transformers those of the first call's);

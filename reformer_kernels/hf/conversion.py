@@ -329,7 +329,7 @@ def load_state_dict(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 
     `lm_head.bias` is used, although transformers loads it and leaves it out of its logits.
     `lm_head.decoder.bias` is another name of it in old checkpoints; from 5.24 on it is a parameter of its
-    own, which is added to the logits. Where both are given and differ, their sum is used.
+    own, and the only one that is added to the logits. Where both are given, `lm_head.decoder.bias` is used.
 
     Args:
         model: a `Reformer`, `ReformerLM`, `ReformerClassifier` or `ReformerQuestionAnswering` of the
@@ -377,8 +377,8 @@ def _current_names(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, 
         first = given.setdefault(HEAD_BIAS, second)
         if second.shape != first.shape or not second.is_floating_point():
             given[DECODER_BIAS] = second  # which is then listed as unknown
-        elif first.is_floating_point() and not torch.equal(first, second):
-            given[HEAD_BIAS] = first + second
+        elif first.is_floating_point():
+            given[HEAD_BIAS] = second
     if isinstance(model, Reformer):
         return {name.removeprefix("reformer."): value for name, value in given.items()}
     return given

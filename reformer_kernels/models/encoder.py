@@ -105,8 +105,13 @@ class Reformer(Saveable):
         Args:
             tokens: (B, L) int64 for any L >= 1 (up to `max_length` with axial or learned positions), or
                 their embeddings (B, L, d), to which positions are added.
-            key_padding_mask: (B, L) bool, True = padding, left or right, as in `nn.MultiheadAttention`.
-            position_ids: (L,) or (B, L) int64; None counts the tokens of each row from 0, without padding.
+            key_padding_mask: (B, L) bool, True = padding, left or right, as in `nn.MultiheadAttention`. A
+                padded row gives what the row alone gives, as long as both have the same `bucket_length` and,
+                where `local_ring` is set and the model is not causal, the same number of chunks. A model
+                that is not causal has the buckets of the padded length L where no `bucket_length` is given.
+            position_ids: (L,) or (B, L) int64; None counts the tokens of each row from 0, without padding,
+                and cuts the chunks of local layers likewise. Where they are given, chunks are cut from the
+                first column on, padding included, as transformers does.
             n_hashes: hash rounds of the LSH layers in this call, in training too; None takes the
                 configuration's.
             bucket_length: replaces the configuration's in this call.
@@ -123,7 +128,10 @@ class Reformer(Saveable):
         """
         self._check(tokens, key_padding_mask, position_ids, rotations)
         self.check_memory(memory, memory_padding_mask)
+        places: Tensor | None = None
         if position_ids is None and key_padding_mask is not None:
+            if "local" in self.config.layers:  # whose chunks are then cut as for the row alone
+                tokens, key_padding_mask, places = _tokens_first(tokens, key_padding_mask)
             position_ids = ((~key_padding_mask).cumsum(1) - 1).clamp_min(0)
         x = self.embedding(tokens, position_ids, padding=key_padding_mask)
         run = self.layers.plain if self.config.residual == "plain" else self.layers
@@ -137,7 +145,8 @@ class Reformer(Saveable):
             memory=memory,
             memory_padding_mask=memory_padding_mask,
         )
-        return self.finish(*streams)
+        out = self.finish(*streams)
+        return out if places is None else out.take_along_dim(places[..., None], 1)
 
     def finish(self, first: Tensor, second: Tensor) -> Tensor:
         """Join the last two streams, normalise them and apply dropout."""
@@ -196,3 +205,10 @@ class Reformer(Saveable):
                 f"rotations must have one entry (or None) for each of {len(self.config.layers)} layers, got "
                 f"{len(rotations)}"
             )
+
+
+def _tokens_first(tokens: Tensor, padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows with their tokens before their padding, the mask of these rows, and where each column went."""
+    order = padding.to(torch.uint8).argsort(dim=1, stable=True)
+    columns = order if tokens.dim() == 2 else order[..., None]
+    return tokens.take_along_dim(columns, 1), padding.take_along_dim(order, 1), order.argsort(dim=1)

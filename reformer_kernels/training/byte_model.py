@@ -16,7 +16,7 @@ CONTEXT = 4
 this adds the ones just before."""
 
 
-def byte_model(
+def byte_config(
     *,
     dim: int,
     layers: int,
@@ -25,10 +25,8 @@ def byte_model(
     chunk_length: int,
     seq_len: int,
     backend: str = "auto",
-) -> ReformerLM:
-    """A reversible `ReformerLM` of bytes, in which local and LSH layers alternate.
-
-    It begins by giving every byte the same probability, which is a loss of 8 bits per byte.
+) -> ReformerConfig:
+    """A reversible model of bytes, in which local and LSH layers alternate.
 
     Its LSH windows lie within the buckets of `seq_len` bytes, which do not move when text is appended, so
     training, evaluation and sampling see the same keys. The loss and the feed-forward layers are chunked, so
@@ -36,7 +34,7 @@ def byte_model(
     """
     # Local layers see what is near, LSH layers what is similar; the last layer is an LSH layer.
     kinds: tuple[LayerKind, LayerKind] = ("lsh", "local")
-    config = ReformerConfig(
+    return ReformerConfig(
         vocab_size=VOCABULARY,
         d_model=dim,
         layers=tuple(kinds[(layers - 1 - layer) % 2] for layer in range(layers)),
@@ -50,6 +48,15 @@ def byte_model(
         init_std=(3 * dim) ** -0.5,
         backend=backend,
     )
+
+
+def not_finite(model: ReformerLM) -> list[str]:
+    """The names of the weights that hold NaN or infinity."""
+    return [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+
+
+def byte_model(config: ReformerConfig) -> ReformerLM:
+    """A model of this configuration that gives every byte the same probability: a loss of 8 bits per byte."""
     model = ReformerLM(config)
     nn.init.normal_(model.reformer.embedding.tokens.weight, std=0.02)
     nn.init.zeros_(model.head.weight)

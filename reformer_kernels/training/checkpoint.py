@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reformer_kernels.models import CheckpointError, ReformerLM, files
+from reformer_kernels._limits import MAX_LENGTH
+from reformer_kernels.config import MAX_CHUNK_LENGTH, MAX_HASHES
+from reformer_kernels.models import CheckpointError, ReformerConfig, ReformerLM, files
+from reformer_kernels.models.config import MAX_SIZE
+from reformer_kernels.training.byte_model import byte_config, not_finite
 
 STATE = "training.json"
 STATE_TENSORS = "training.safetensors"
 FORMAT = "reformer-kernels training"
 RANDOM_STATE = "random_state"
+
+LIMITS: dict[str, int | float] = {
+    "seq_len": MAX_LENGTH,
+    "batch": MAX_SIZE,
+    "layers": 10_000,
+    "dim": MAX_SIZE,
+    "heads": MAX_SIZE,
+    "hashes": MAX_HASHES,
+    "chunk": MAX_CHUNK_LENGTH,
+    "lr": 1e6,
+    "steps": MAX_SIZE,
+    "seed": 2**40 - 1,
+}
+"""The largest value of each part of a recipe."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +128,42 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(recipe, str(state["text_sha256"]), step, optimizers, tensors)
 
 
-def read_model(folder: Path, backend: str) -> ReformerLM:
-    """The model of a checkpoint, to go on training with this back end. Raises CheckpointError."""
-    return files.load_model(folder, [ReformerLM], backend=backend)
+def read_model(folder: Path, recipe: Recipe, backend: str) -> ReformerLM:
+    """The model of a checkpoint, to go on training with this back end.
+
+    Raises:
+        CheckpointError: there is no such model, it is not the one that the recipe describes, or its weights
+            are not finite.
+    """
+    model = files.load_model(folder, [ReformerLM], backend=backend)
+    described = recipe_config(recipe, backend)
+    differing = [
+        f"{field.name} is {getattr(model.config, field.name)!r}, must be {getattr(described, field.name)!r}"
+        for field in dataclasses.fields(described)
+        if getattr(model.config, field.name) != getattr(described, field.name)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{folder} is damaged: the model is not the one of the recipe in {STATE}: {'; '.join(differing)}"
+        )
+    if broken := not_finite(model):
+        raise CheckpointError(
+            f"the weights in {folder} are not finite ({', '.join(broken[:3])}); train again with a smaller lr"
+        )
+    return model
+
+
+def recipe_config(recipe: Recipe, backend: str) -> ReformerConfig:
+    """The configuration of the model that a recipe describes."""
+    return byte_config(
+        dim=recipe.dim,
+        layers=recipe.layers,
+        heads=recipe.heads,
+        n_hashes=recipe.hashes,
+        chunk_length=recipe.chunk,
+        seq_len=recipe.seq_len,
+        backend=backend,
+    )
 
 
 def training_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -161,14 +211,14 @@ def _checked_recipe(values: Any) -> Recipe:
     for field in dataclasses.fields(Recipe):
         value = getattr(recipe, field.name)
         if field.name == "lr":
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"lr must be a positive number, got {value!r}")
+            if not isinstance(value, int | float) or not 0 < value <= LIMITS["lr"]:
+                raise ValueError(f"lr must be above 0 and at most {LIMITS['lr']:g}, got {value!r}")
         else:
-            _checked_integer(field.name, value, 0 if field.name == "seed" else 1)
+            _checked_integer(field.name, value, 0 if field.name == "seed" else 1, LIMITS[field.name])
     return recipe
 
 
-def _checked_integer(name: str, value: Any, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**62:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+def _checked_integer(name: str, value: Any, least: int, most: float = MAX_SIZE) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{name} must be an integer from {least} to {most}, got {value!r}")
     return value

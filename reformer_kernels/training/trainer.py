@@ -20,6 +20,7 @@ from reformer_kernels.training.checkpoint import (
     Recipe,
     read_checkpoint,
     read_model,
+    recipe_config,
     restore_training,
     training_tensors,
     write_checkpoint,
@@ -58,15 +59,7 @@ class Trainer:
         self.text = text
         self.step = 0
         torch.manual_seed(recipe.seed)
-        self.model = model or byte_model(
-            dim=recipe.dim,
-            layers=recipe.layers,
-            heads=recipe.heads,
-            n_hashes=recipe.hashes,
-            chunk_length=recipe.chunk,
-            seq_len=recipe.seq_len,
-            backend=backend,
-        )
+        self.model = model or byte_model(recipe_config(recipe, backend))
         self.optimizers = make_optimizers(self.model, recipe.lr)
 
     @property
@@ -201,7 +194,7 @@ class Trainer:
             raise CheckpointError(
                 f"{folder} was trained on another text than {text.name}; resume with the same text"
             )
-        model = read_model(folder, backend)
+        model = read_model(folder, checkpoint.recipe, backend)
         trainer = cls(checkpoint.recipe if recipe is None else recipe, text, model=model)
         if trainer.optimizer_names != checkpoint.optimizers:
             raise CheckpointError(
