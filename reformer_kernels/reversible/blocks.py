@@ -133,7 +133,8 @@ class ReversibleSequence(nn.Module):
     DistributedDataParallel, `torch.utils.checkpoint` and FSDP2 (`fully_shard` on blocks, and
     `cast_forward_inputs=False` in a mixed-precision policy) work as with other modules. For each block, the
     state of the random number generators before f and before g, autocast's settings and references to the
-    arguments are kept.
+    arguments are kept. Under `torch.compile` a sequence runs as without it, and the model before and after it
+    is compiled; `block.f.compile()` and `block.g.compile()` compile its parts.
 
     A call takes x, then any extra arguments for f and g. x is (..., 2 d), two streams side by side, or a pair
     of floating-point tensors of one shape. Tensors among the extra arguments, also within tuples, lists and
@@ -214,7 +215,9 @@ class ReversibleSequence(nn.Module):
     def extra_repr(self) -> str:
         return f"residual={self.residual!r}" + ("" if self.scale is None else f", scale={self.scale}")
 
-    @torch.compiler.disable(recursive=False)
+    # The blocks' steps too: torch.compile can trace neither the streams that change in place beside the graph
+    # nor the carriers, which share one element.
+    @torch.compiler.disable
     def forward(self, x: TensorOrPair, *args: Any, **kwargs: Any) -> Any:
         first, second, joined = _two_streams(x)
         self._refuse_sharded_parts()
