@@ -75,3 +75,22 @@ def test_plain_residuals_compile_whole(kind: str) -> None:
         tokens = torch.randint(40, (2, length))
         expected = loss_and_gradients(model, model, tokens)
         torch.testing.assert_close(loss_and_gradients(model, compiled, tokens), expected)
+
+
+@pytest.mark.parametrize("residual", ["float", "exact", "plain"])
+@pytest.mark.parametrize(("kind", "shortest"), [("lsh", 2), ("local", 65)])
+def test_exports_with_a_dynamic_length(kind: str, shortest: int, residual: str) -> None:
+    model = language_model((kind,), residual).eval()
+    length = torch.export.Dim("length", min=shortest, max=256)
+    example = torch.randint(40, (2, 100))
+    program = torch.export.export(model, (example,), dynamic_shapes=({1: length},))
+    for n in (shortest, 77, 150):
+        tokens = torch.randint(40, (2, n))
+        torch.testing.assert_close(program.module()(tokens), model(tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_jit_trace_is_refused(kind: str) -> None:
+    model = language_model((kind,), "plain").eval()
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot trace a Reformer model"):
+        torch.jit.trace(model, torch.randint(40, (2, 100)))

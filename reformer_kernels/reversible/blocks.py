@@ -135,6 +135,7 @@ class ReversibleSequence(nn.Module):
     state of the random number generators before f and before g, autocast's settings and references to the
     arguments are kept. Under `torch.compile` a sequence runs as without it, and the model before and after it
     is compiled; `block.f.compile()` and `block.g.compile()` compile its parts.
+    `torch.export` takes what `plain` computes, in floating point for "exact" too.
 
     A call takes x, then any extra arguments for f and g. x is (..., 2 d), two streams side by side, or a pair
     of floating-point tensors of one shape. Tensors among the extra arguments, also within tuples, lists and
@@ -215,10 +216,16 @@ class ReversibleSequence(nn.Module):
     def extra_repr(self) -> str:
         return f"residual={self.residual!r}" + ("" if self.scale is None else f", scale={self.scale}")
 
-    # The blocks' steps too: torch.compile can trace neither the streams that change in place beside the graph
-    # nor the carriers, which share one element.
-    @torch.compiler.disable
     def forward(self, x: TensorOrPair, *args: Any, **kwargs: Any) -> Any:
+        # An exported program has no backward pass that would rebuild anything.
+        if torch.compiler.is_exporting():
+            return self.plain(x, *args, **kwargs)
+        return self._run(x, *args, **kwargs)
+
+    # torch.compile can trace neither the streams that change in place beside the graph nor the carriers,
+    # which share one element; so it compiles nothing of a run, the blocks' steps included.
+    @torch.compiler.disable
+    def _run(self, x: TensorOrPair, *args: Any, **kwargs: Any) -> Any:
         first, second, joined = _two_streams(x)
         self._refuse_sharded_parts()
         run = SequenceRun(
