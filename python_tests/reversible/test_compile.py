@@ -69,3 +69,12 @@ def test_compiled_parts_within_a_compiled_model() -> None:
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert_same(gradients(lambda: weigh(compiled(x)), inputs), expected, 1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize(
+    "transform", [torch.func.grad, torch.func.vmap, lambda f: lambda x: torch.func.vjp(f, x)]
+)
+def test_transforms_of_torch_func_are_refused(transform: Any) -> None:
+    net = model("float")
+    with pytest.raises(NotImplementedError, match=r"cannot pass through a ReversibleSequence"):
+        transform(lambda x: weigh(net(x)))(streams().detach().float())

@@ -167,6 +167,7 @@ class ReversibleSequence(nn.Module):
         TypeError, ValueError: blocks, input or settings are not accepted.
         RuntimeError: a block changed its input in place, or uses a tensor from outside whose gradient would
             be lost; a parameter changed between forward and backward; a second derivative is asked for.
+        NotImplementedError: a transform of `torch.func` is applied.
         FloatingPointError: with "exact", values of an earlier call left the representable range (see
             `check`).
 
@@ -226,6 +227,12 @@ class ReversibleSequence(nn.Module):
     # which share one element; so it compiles nothing of a run, the blocks' steps included.
     @torch.compiler.disable
     def _run(self, x: TensorOrPair, *args: Any, **kwargs: Any) -> Any:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise NotImplementedError(
+                "torch.func's transforms (grad, vjp, jvp, vmap) cannot pass through a ReversibleSequence, "
+                "whose streams change in place; use backward() or torch.autograd.grad, or call "
+                "ReversibleSequence.plain(...)"
+            )
         first, second, joined = _two_streams(x)
         self._refuse_sharded_parts()
         run = SequenceRun(
