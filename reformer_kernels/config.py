@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
+
 Window = Literal["chunks", "bucket"]
 Ring = Literal["none", "rounds"]
 KeyNorm = Literal["none", "rms", "l2"]
@@ -295,4 +297,4 @@ def check_scale(scale: Any) -> None:
 
 
 def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)

@@ -22,6 +22,7 @@ from reformer_kernels.models.layers import (
     make_rotary,
 )
 from reformer_kernels.modules import AxialPositionalEmbedding, LearnedPositionalEmbedding
+from reformer_kernels.modules.checks import refuse_tracing
 from reformer_kernels.reversible.blocks import ReversibleBlock, ReversibleSequence
 
 
@@ -126,6 +127,7 @@ class Reformer(Saveable):
         Raises:
             TypeError, ValueError: an argument of the wrong kind or shape.
         """
+        refuse_tracing("a Reformer model")
         self._check(tokens, key_padding_mask, position_ids, rotations)
         self.check_memory(memory, memory_padding_mask)
         places: Tensor | None = None

@@ -11,7 +11,7 @@ import dataclasses
 from torch import Tensor, nn
 
 from reformer_kernels.config import LSHConfig
-from reformer_kernels.modules.checks import check_dropout, check_head_sizes, check_positive
+from reformer_kernels.modules.checks import check_dropout, check_head_sizes, check_positive, refuse_tracing
 from reformer_kernels.modules.positions import RotaryPositions
 
 
@@ -57,7 +57,8 @@ class AttentionLayer(nn.Module):
         return self.dropout if self.training else 0.0
 
     def check_input(self, x: Tensor) -> None:
-        """Raises ValueError unless `x` has shape (B, L, E)."""
+        """Raises ValueError unless `x` has shape (B, L, E), and RuntimeError under `torch.jit.trace`."""
+        refuse_tracing(type(self).__name__)
         if x.dim() != 3 or x.shape[-1] != self.embed_dim:
             raise ValueError(
                 f"x must have shape (batch, length, {self.embed_dim}), got {tuple(x.shape)}; "

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from reformer_kernels._limits import MAX_HEAD_DIM
 
 
 def check_positive(name: str, value: Any) -> int:
-    """`value`; raises ValueError unless it is an int (not a bool) of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    """`value`; raises ValueError unless it is an int (not a bool), or a symbolic one, of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return value
+    return cast(int, value)
+
+
+def refuse_tracing(what: str) -> None:
+    """Raises RuntimeError under `torch.jit.trace`, whose program would fit one length only."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            f"torch.jit.trace cannot trace {what}: the traced program would be silently wrong at other "
+            "lengths; use torch.export with a dynamic length, or torch.compile"
+        )
 
 
 def check_dropout(dropout: float) -> float:

@@ -15,6 +15,7 @@ from reformer_kernels._limits import MAX_HEAD_DIM
 from reformer_kernels._random import resolve_seed
 from reformer_kernels.config import LSHConfig
 from reformer_kernels.modules.attention_masks import causal_mask, is_causal_mask
+from reformer_kernels.modules.checks import refuse_tracing
 from reformer_kernels.modules.extra_keys import merge_extra_keys
 from reformer_kernels.modules.multihead_arguments import (
     Fallback,
@@ -228,6 +229,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             ValueError, TypeError: shapes or dtypes do not fit (up to the threshold these are torch's errors).
             RuntimeError: full attention is needed beyond the threshold, where `fallback="raise"` forbids it.
         """
+        refuse_tracing("reformer_kernels.MultiheadAttention")
         if query.is_nested or key.is_nested or value.is_nested:
             masks = key_padding_mask, attn_mask
             return self._forward_nested(

@@ -129,6 +129,9 @@ class AxialPositionalEmbedding(nn.Module):
                 columns.append(F.embedding(positions // inner % side, weight))
             return torch.cat(columns, dim=-1)
         _check_length(positions, self.max_length)
+        if torch.compiler.is_exporting():
+            # The sizes of the grid below would be symbols that torch cannot relate to the length.
+            return self.forward(torch.arange(positions, device=self.weights[0].device))
         # Only the rows of the first axis that the length reaches; each axis's rows repeat along the others.
         inner = self.max_length // self.shape[0]
         grid = (-(-positions // inner), *self.shape[1:])

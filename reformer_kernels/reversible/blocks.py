@@ -145,6 +145,10 @@ class ReversibleSequence(nn.Module):
     Threads may share a sequence: the blocks of all sequences run one at a time, in forward and in backward.
     Where another thread draws from torch's global generator during a run, the backward pass raises.
 
+    Under `torch.compile` a sequence runs as without it, and the model before and after it is compiled;
+    `block.f.compile()` and `block.g.compile()` compile its parts. `torch.export` takes what `plain` computes,
+    in floating point for "exact" too.
+
     A call takes x, then any extra arguments for f and g. x is (..., 2 d), two streams side by side, or a pair
     of floating-point tensors of one shape. Tensors among the extra arguments, also within tuples, lists and
     dicts, get gradients. The result has x's form. If some f or g returned a tuple, the result is (streams,
@@ -176,6 +180,7 @@ class ReversibleSequence(nn.Module):
         RuntimeError: a block changed its input in place, or uses a tensor from outside whose gradient would
             be lost; a parameter changed between forward and backward; another thread drew random numbers
             during a run; a second derivative is asked for.
+        NotImplementedError: a transform of `torch.func` is applied.
         FloatingPointError: with "exact", values of an earlier call left the representable range (see
             `check`).
 
@@ -225,8 +230,22 @@ class ReversibleSequence(nn.Module):
     def extra_repr(self) -> str:
         return f"residual={self.residual!r}" + ("" if self.scale is None else f", scale={self.scale}")
 
-    @torch.compiler.disable(recursive=False)
     def forward(self, x: TensorOrPair, *args: Any, **kwargs: Any) -> Any:
+        # An exported program has no backward pass that would rebuild anything.
+        if torch.compiler.is_exporting():
+            return self.plain(x, *args, **kwargs)
+        return self._run(x, *args, **kwargs)
+
+    # torch.compile can trace neither the streams that change in place beside the graph nor the carriers,
+    # which share one element; so it compiles nothing of a run, the blocks' steps included.
+    @torch.compiler.disable
+    def _run(self, x: TensorOrPair, *args: Any, **kwargs: Any) -> Any:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise NotImplementedError(
+                "torch.func's transforms (grad, vjp, jvp, vmap) cannot pass through a ReversibleSequence, "
+                "whose streams change in place; use backward() or torch.autograd.grad, or call "
+                "ReversibleSequence.plain(...)"
+            )
         first, second, joined = _two_streams(x)
         self._refuse_sharded_parts()
         run = SequenceRun(

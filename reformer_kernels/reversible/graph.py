@@ -245,7 +245,10 @@ class _Step(torch.autograd.Function):
             *(result.detach() if result.requires_grad else result for result in results),
         )
 
+    # A compiled function that calls backward would otherwise compile the second run, whose streams change in
+    # place under views of them.
     @staticmethod
+    @torch.compiler.disable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         run: SequenceRun = ctx.run
         none = (None,) * 5
