@@ -92,7 +92,7 @@ def attend(
     for shared query-keys, k = q normalised by config.key_norm. Shared query-keys never see their own
     position (unless they see nothing else); with k given they may.
     key_padding_mask (B, L) bool, True = padding: not seen as key, read as zeros. Or float: added to the
-    logits of its keys, -inf = padding; it carries no gradient.
+    logits of its keys, -inf or NaN = padding; it carries no gradient.
     dropout_p in [0, 1): the probabilities' dropout, the same for the same seed in every back end.
 
     -> out (B, H, L, Dv) in the inputs' dtype; with `return_lse` also lse (B, H, L) float32 (float64 for
@@ -215,7 +215,7 @@ def lsh_cross_attention(
     rotations (H or 1, D, n_hashes, config.rotation_width) float32, else drawn from `seed`; or layout, a pair
     as `lsh_cross_layout` makes it for these shapes.
     key_padding_mask (B, L_k) bool, True = padding: not seen, read as zeros. Or float: added to the logits of
-    its keys, -inf = padding; it carries no gradient. dropout_p, seed, backend, return_lse: as in
+    its keys, -inf or NaN = padding; it carries no gradient. dropout_p, seed, backend, return_lse: as in
     `lsh_attention`.
 
     -> out (B, H, L_q, Dv) in the inputs' dtype; with `return_lse` also lse (B, H, L_q) float32 (float64 for

@@ -65,7 +65,7 @@ def lsh_hash(
 
     x (B, H, L, D); rotations (H or 1, D, R, sum(f) // 2) float32 (or float64 with float64 x), more columns
     are not read; bucket_factors even integers, one or several; key_padding_mask (B, L) bool, True = padding,
-    or float, -inf = padding. -> (B, H, R, L) int32.
+    or float, -inf or NaN = padding. -> (B, H, R, L) int32.
     """
     factors = check_factors(bucket_factors)
     x = _autocast.cast(check_rows("x", x))
@@ -111,7 +111,7 @@ def lsh_layout(
     position. Then neither rotations nor seed is read.
 
     qk (B, H, L, D); rotations (H or 1, D, n_hashes, config.rotation_width) float32, else drawn from `seed`;
-    key_padding_mask (B, L) bool, True = padding, or float, -inf = padding. -> `Layout`.
+    key_padding_mask (B, L) bool, True = padding, or float, -inf or NaN = padding. -> `Layout`.
     """
     check_config(config)
     qk = _autocast.cast(check_rows("qk", qk))
@@ -142,7 +142,7 @@ def lsh_cross_layout(
     always are: no query's place may depend on another query. Angles alone matter to the hash.
 
     q (B, H, L_q, D); k (B, H, L_k, D); rotations (H or 1, D, n_hashes, config.rotation_width) float32, else
-    drawn from `seed`; key_padding_mask (B, L_k) bool, True = padding, or float, -inf = padding.
+    drawn from `seed`; key_padding_mask (B, L_k) bool, True = padding, or float, -inf or NaN = padding.
     Automatic bucket factors come from L_k, for a mean bucket of config.window_size keys, half as many if not
     causal. -> the queries' and the keys' `Layout`, without gradients.
     """
