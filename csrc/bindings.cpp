@@ -94,6 +94,10 @@ void check(Status status) {
       throw std::invalid_argument("layout.bucket_starts must rise from 0 to L in each round");
     case Status::kUnsorted:
       throw std::invalid_argument("layout.order must be sorted: positions must rise within each bucket");
+    case Status::kEmpty:
+      throw std::invalid_argument(
+          "attention needs at least one token, one key, one hash round, two bucket starts and a chunk "
+          "length of 1; leave the call out where there is nothing to attend to");
     case Status::kTooManyCodes:
       throw std::invalid_argument(
           "so many buckets with so wide a window are more than duplicates can be counted in; use fewer "

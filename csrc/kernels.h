@@ -21,6 +21,7 @@ enum class Status : int32_t {
   kBadStarts = 2,     // bucket starts do not rise from 0 to L
   kUnsorted = 3,      // positions do not rise within a bucket, which the kernel needs here
   kTooManyCodes = 4,  // so many buckets with so wide a window that duplicates cannot be counted in 32 bits
+  kEmpty = 5,  // no token, key, round or bucket, or a chunk length below 1, where the kernel divides by it
 };
 
 // A (B, H, L, D) array with a contiguous last dimension.

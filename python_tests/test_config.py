@@ -79,7 +79,7 @@ def test_wrong_values_are_named(field: str, value: Any) -> None:
 def test_message_says_what_is_accepted() -> None:
     with pytest.raises(ValueError, match=r"bucket_factors must be even positive integers, got \(3,\)"):
         LSHConfig(bucket_factors=(3,))
-    with pytest.raises(ValueError, match=r"n_hashes must be an integer in 1\.\.65536, got 0"):
+    with pytest.raises(ValueError, match=r"n_hashes must be an integer in 1\.\.64, got 0"):
         LSHConfig(n_hashes=0)
     with pytest.raises(ValueError, match="window must be one of 'chunks', 'bucket', got 'chunk'"):
         LSHConfig(window="chunk")  # type: ignore[arg-type]
@@ -218,3 +218,13 @@ def test_scale(scale: float | None, shared: float, separate: float) -> None:
     assert config.logit_scale(16, shared_qk=False) == separate
     for norm in ("l2", "none"):
         assert dataclasses.replace(config, key_norm=norm).logit_scale(16) == separate
+
+
+def test_rounds_are_bounded_where_their_cost_is() -> None:
+    ring = {"ring": "rounds", "correct_duplicates": True}
+    assert LSHConfig(n_hashes=64).n_hashes == 64 and LSHConfig(n_hashes=32, **ring).n_hashes == 32
+    assert LSHConfig.trax(n_hashes=64).n_hashes == 64
+    with pytest.raises(ValueError, match=r"n_hashes must be an integer in 1\.\.64, got 65"):
+        LSHConfig(n_hashes=65)
+    with pytest.raises(ValueError, match="n_hashes must be at most 32 where ring='rounds'"):
+        LSHConfig(n_hashes=33, **ring)

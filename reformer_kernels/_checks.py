@@ -155,6 +155,11 @@ def check_rotations(rotations: Tensor, x: Tensor, *, width: int, rounds: int | N
     check_tensor("rotations", rotations)
     if rotations.dtype != torch.float32 and not (rotations.dtype == x.dtype == torch.float64):
         raise TypeError(f"rotations must be float32, got {rotations.dtype}; convert with rotations.float()")
+    if rotations.device.type != "cpu" and rotations.device != x.device:
+        raise ValueError(
+            f"rotations must be on the CPU or on {x.device}, got {rotations.device}; draw them with "
+            "sample_rotations, which draws on the CPU"
+        )
     heads, dim = x.shape[1], x.shape[3]
     wanted = f"({heads} or 1, {dim}, {'R' if rounds is None else rounds}, {width})"
     if (

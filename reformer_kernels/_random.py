@@ -15,20 +15,29 @@ Seed = int | Tensor | None
 
 
 def resolve_seed(seed: Seed) -> Tensor:
-    """An int64 tensor of one element; integers up to 2^64 - 1 keep their 64 bits."""
+    """An int64 tensor of one element, on the CPU unless `seed` is a tensor on another device.
+
+    Integers up to 2^64 - 1 keep their 64 bits. It is made on the CPU whatever torch's default
+    device is.
+    """
     if seed is None:
-        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
+        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(
                 f"seed must be an int or an int64 tensor of one element, got {seed.dtype} {tuple(seed.shape)}"
+            )
+        if seed.device.type == "meta":
+            raise ValueError(
+                "seed must hold a number, got a tensor on the meta device, which holds none; pass an int, or "
+                "a tensor made with device='cpu'"
             )
         return seed.reshape(())
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"seed must be an int, an int64 tensor of one element, or None, got {seed!r}")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must fit 64 bits, got {seed}")
-    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64)
+    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device="cpu")
 
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

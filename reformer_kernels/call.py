@@ -208,5 +208,5 @@ def cross_attention_rule(config: LSHConfig, key_length: int) -> AttentionRule:
 
 
 def is_padding(mask: Tensor) -> Tensor:
-    """(B, keys) bool, True = padding, of a key padding mask that is bool or a float bias."""
-    return mask if mask.dtype == torch.bool else mask == float("-inf")
+    """(B, keys) bool, True = padding, of a key padding mask that is bool or a float bias (-inf or NaN)."""
+    return mask if mask.dtype == torch.bool else (mask == float("-inf")) | mask.isnan()

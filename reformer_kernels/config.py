@@ -36,7 +36,10 @@ AUTOMATIC_ROTATION_WIDTH = 128
 MAX_BUCKETS = 2**20
 """Largest product of bucket factors."""
 
-MAX_HASHES = 2**16
+MAX_HASHES = 64
+MAX_RING_HASHES = 32
+"""Most hash rounds, and most where duplicates are corrected on a ring, whose cost grows with their cube."""
+
 MAX_CHUNK_LENGTH = 2**24
 MAX_NEIGHBOURS = 2**16
 """Bounds that keep every product of configuration values far inside a 64-bit integer."""
@@ -93,8 +96,11 @@ class LSHConfig:
     made; a wrong one raises ValueError that says what is accepted.
 
     Attributes:
-        n_hashes: hash rounds R, 1 to 65536. Each draws its own rotation; rounds merge by softmax over all
-            rounds' logits (section 2, "Multi-round LSH attention").
+        n_hashes: hash rounds R, 1 to 64, or to 32 where window is "chunks", ring "rounds" and
+            correct_duplicates True. Each draws its own rotation; rounds merge by softmax over all rounds'
+            logits (section 2, "Multi-round LSH attention"). On one CPU thread, a forward pass of one head of
+            1,000 tokens with 64 rounds took 0.03 s by each preset; on a ring with duplicates corrected,
+            32 rounds took 1.7 s (head dimension 64, float32, one run each).
         chunk_length: tokens of sorted order in a chunk, C. Any positive integer; a round's last chunk may
             be short.
         chunks_before, chunks_after: how many chunks before and after its own a query also sees. The
@@ -141,6 +147,8 @@ class LSHConfig:
 
     def __post_init__(self) -> None:
         check_integer("n_hashes", self.n_hashes, 1, MAX_HASHES)
+        if self.window == "chunks" and self.ring == "rounds" and self.correct_duplicates is True:
+            self._check_ring_hashes()
         check_integer("chunk_length", self.chunk_length, 1, MAX_CHUNK_LENGTH)
         check_integer("chunks_before", self.chunks_before, 0, MAX_NEIGHBOURS)
         check_integer("chunks_after", self.chunks_after, 0, MAX_NEIGHBOURS)
@@ -154,6 +162,14 @@ class LSHConfig:
         check_choice("ring", self.ring, RINGS)
         check_choice("key_norm", self.key_norm, KEY_NORMS)
         check_scale(self.scale)
+
+    def _check_ring_hashes(self) -> None:
+        if self.n_hashes > MAX_RING_HASHES:
+            raise ValueError(
+                f"n_hashes must be at most {MAX_RING_HASHES} where ring='rounds' and "
+                f"correct_duplicates=True, as time grows with their cube, got {self.n_hashes}; use "
+                "fewer rounds, ring='none' or correct_duplicates=False"
+            )
 
     @classmethod
     def paper(cls, **overrides: Any) -> LSHConfig:

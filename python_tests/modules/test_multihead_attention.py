@@ -321,10 +321,18 @@ def test_the_causal_mask_is_recognised(shape: tuple[int, ...], monkeypatch: pyte
         wrong = causal.clone()
         wrong[index] ^= True
         assert not is_causal_mask(wrong)
-        for value in (float("nan"), -1e9, 1.0) if len(shape) == 2 else ():
+        for value in (float("nan"), -1e8, 1.0) if len(shape) == 2 else ():
             other = additive.clone()
             other[index] = value
             assert not is_causal_mask(other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_large_negative_numbers_hide_as_well(dtype: torch.dtype) -> None:
+    later = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    for value in (torch.finfo(dtype).min, *(() if dtype == torch.float16 else (-1e9,))):
+        assert attention_masks.is_causal_mask(torch.zeros(9, 9, dtype=dtype).masked_fill(later, value))
+    assert not attention_masks.is_causal_mask(torch.zeros(9, 9, dtype=dtype).masked_fill(later, -1e4))
 
 
 def test_a_mask_is_read_once_and_again_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:

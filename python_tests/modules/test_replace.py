@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import re
+import subprocess
+import sys
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -104,9 +106,35 @@ def test_built_in_rather_than_replaced(options: dict[str, Any], calls: list[str]
 def test_a_torch_that_would_bypass_the_module_is_stopped() -> None:
     one = layer().eval()
     replace_attention(one, **SPARSE)
-    one.self_attn._qkv_same_embed_dim = True  # all that torch asks of the module
+    one.self_attn._forward_pre_hooks.clear()  # what makes torch call the module
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"past reformer_kernels\.MultiheadAttention"):
         one(torch.randn(3, LENGTH, E, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kdim", [None, 6])
+def test_the_flag_of_equal_sizes_is_torchs(kdim: int | None) -> None:
+    theirs, ours = (kind(E, H, kdim=kdim) for kind in (nn.MultiheadAttention, MultiheadAttention))
+    assert ours._qkv_same_embed_dim == theirs._qkv_same_embed_dim == (kdim is None)
+    replace_attention(theirs)
+    assert theirs._qkv_same_embed_dim == (kdim is None)
+
+
+def test_torchs_name_may_be_set_to_this_class() -> None:
+    """In a process of its own, as it changes torch for all that follows."""
+    program = """
+import torch, reformer_kernels
+theirs = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()
+torch.nn.MultiheadAttention = reformer_kernels.MultiheadAttention
+ours = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()
+ours.load_state_dict(theirs.state_dict())
+x = torch.randn(1, 5, 8)
+for need_weights in (True, False):
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, x, x, need_weights=need_weights)[0], theirs(x, x, x)[0])
+assert reformer_kernels.replace_attention(theirs).replaced == ("",)
+assert not reformer_kernels.replace_attention(ours)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("training", [True, False])

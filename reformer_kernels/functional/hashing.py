@@ -75,7 +75,7 @@ def lsh_hash(
         rotations: (H or 1, D, R, sum(f) // 2 or more columns, of which the rest are not read) float32, or
             float64 where x is.
         bucket_factors: one even integer or several.
-        key_padding_mask: (B, L) bool, True = padding; or a float bias, -inf = padding.
+        key_padding_mask: (B, L) bool, True = padding; or a float bias, -inf or NaN = padding.
         backend: see `functional`.
 
     Returns (B, H, R, L) int32.
@@ -133,7 +133,7 @@ def lsh_layout(
         config: how to hash.
         rotations: (H or 1, D, n_hashes, config.rotation_width) float32, or None to draw them from `seed`.
         seed: an int, an int64 tensor of one element, or None for one drawn from torch's generator.
-        key_padding_mask: (B, L) bool, True = padding; or a float bias, -inf = padding.
+        key_padding_mask: (B, L) bool, True = padding; or a float bias, -inf or NaN = padding.
         backend: see `functional`.
 
     Returns a `Layout`."""
@@ -172,7 +172,7 @@ def lsh_cross_layout(
             keys, half as many if not causal.
         rotations: (H or 1, D, n_hashes, config.rotation_width) float32, or None to draw them from `seed`.
         seed: an int, an int64 tensor of one element, or None for one drawn from torch's generator.
-        key_padding_mask: (B, L_k) bool, True = padding; or a float bias, -inf = padding.
+        key_padding_mask: (B, L_k) bool, True = padding; or a float bias, -inf or NaN = padding.
         backend: see `functional`.
 
     Returns the queries' and the keys' `Layout`, without gradients.

@@ -11,6 +11,13 @@ MASK_BLOCK = 2**24
 """How many entries of an attention mask are read at a time."""
 
 
+HIDING_BIAS = -0.99e9
+"""Biases from here on hide a key beside any that is shown: -1e9, also rounded to bfloat16, and below.
+
+So does a dtype's smallest number, where that is larger (float16).
+"""
+
+
 def causal_mask(length: int, key_length: int, device: torch.device) -> Tensor:
     """(length, key_length) bool, True where key j comes after query i."""
     return torch.ones(length, key_length, dtype=torch.bool, device=device).triu(1)
@@ -21,7 +28,9 @@ _last_answer: tuple[weakref.ref[Tensor], int, bool] | None = None
 
 @torch.compiler.disable
 def is_causal_mask(mask: Tensor) -> bool:
-    """Whether `mask` (..., L, S) hides exactly the keys j > i: True or -inf there, False or 0 elsewhere.
+    """Whether `mask` (..., L, S) hides exactly the keys j > i.
+
+    It holds False or 0 elsewhere, and there True, -inf, or a bias that hides as well, see `HIDING_BIAS`.
 
     Every entry is read, as a hint is not a proof and a mask must not be ignored. The answer for the last mask
     is kept until the mask changes, as all layers of a model are given the same one.
@@ -60,4 +69,5 @@ def _hides_later_keys(mask: Tensor) -> bool:
 def _all_hidden(part: Tensor) -> bool:
     if part.dtype == torch.bool or not part.numel():
         return bool(part.all())
-    return bool(part.amax() == float("-inf"))
+    hiding = max(HIDING_BIAS, torch.finfo(part.dtype).min)
+    return bool(part.amax() <= hiding)

@@ -14,6 +14,9 @@ from reformer_kernels.config import LSHConfig, check_choice, check_flag, check_i
 
 Fallback = Literal["exact", "raise"]
 
+TorchMultiheadAttention = nn.MultiheadAttention
+"""torch's class, bound here at import: a program may set `torch.nn.MultiheadAttention` to this package's."""
+
 FULL_ATTENTION_THRESHOLD = 512
 """The default `full_attention_threshold` of separate queries and keys: where LSH attention becomes the faster
 one on a CPU, as `reformer-kernels bench mha` measures it."""
@@ -35,7 +38,7 @@ class MultiheadOptions:
     fallback: Fallback
     config: LSHConfig
 
-    def why_unsuited(self, module: nn.MultiheadAttention) -> str | None:
+    def why_unsuited(self, module: TorchMultiheadAttention) -> str | None:
         """Why a module with these parameters cannot have these options; None if it can."""
         if self.shared_qk and (module.bias_k is not None or module.add_zero_attn):
             return "shared_qk has no form of add_bias_kv and add_zero_attn; use shared_qk=False"

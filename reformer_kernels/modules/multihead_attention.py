@@ -20,6 +20,7 @@ from reformer_kernels.modules.extra_keys import merge_extra_keys
 from reformer_kernels.modules.multihead_arguments import (
     Fallback,
     MultiheadOptions,
+    TorchMultiheadAttention,
     check_inputs,
     check_nested,
     check_not_causal,
@@ -30,7 +31,15 @@ from reformer_kernels.reversible.remembered_values import is_remembering, rememb
 OPTION_NAMES = tuple(field.name for field in dataclasses.fields(MultiheadOptions))
 
 
-class MultiheadAttention(nn.MultiheadAttention):
+def call_the_module(module: nn.Module, args: Any) -> None:
+    """A forward hook that does nothing but be there.
+
+    In evaluation torch's encoder layers hand an attention module's weights to a fused kernel and never call
+    the module, unless it has a hook.
+    """
+
+
+class MultiheadAttention(TorchMultiheadAttention):
     """`nn.MultiheadAttention` for long sequences: full attention up to a threshold, LSH attention beyond.
 
     Constructor, `forward`, parameters, initialisation and state dict are those of `nn.MultiheadAttention`;
@@ -52,10 +61,11 @@ class MultiheadAttention(nn.MultiheadAttention):
     `nn.MultiheadAttention`; torch's Transformer layers pass False), and takes no `attn_mask` other than the
     causal one, no `key_padding_mask` that requires a gradient, and no heads of more than 256. A call with one
     of these computes full attention with `fallback="exact"` and raises with `fallback="raise"`; nothing is
-    ignored. The causal mask (True or -inf exactly where key j comes after query i) is recognised by reading
-    it, whatever `is_causal` says. `is_causal=True` without a mask is accepted at every length and means the
-    causal mask, so long sequences need no L × L tensor. `key_padding_mask` may be bool, or float: a bias of
-    each key. Every query sees the extra keys of `add_bias_kv` and `add_zero_attn`.
+    ignored. The causal mask (True, -inf, -1e9 or the dtype's smallest number exactly where key j comes after
+    query i) is recognised by reading it, whatever `is_causal` says. `is_causal=True` without a mask is
+    accepted at every length and means the causal mask, so long sequences need no L × L tensor.
+    `key_padding_mask` may be bool, or float: a bias of each key. Every query sees the extra keys of
+    `add_bias_kv` and `add_zero_attn`.
 
     In training each call draws new rotations (and dropout) from torch's global CPU generator, so
     `torch.manual_seed` reproduces a run; in evaluation the rotations follow from `seed` alone.
@@ -132,7 +142,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         self._configure(options)
 
     @classmethod
-    def adopt(cls, module: nn.MultiheadAttention, options: MultiheadOptions) -> None:
+    def adopt(cls, module: TorchMultiheadAttention, options: MultiheadOptions) -> None:
         """Turns `module` into one of this class; object, parameters, hooks and mode stay the same.
 
         Raises ValueError, and changes nothing, if `why_not_adopted` gives a reason.
@@ -145,11 +155,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         module._configure(options)
 
     @staticmethod
-    def why_not_adopted(module: nn.MultiheadAttention, options: MultiheadOptions) -> str | None:
+    def why_not_adopted(module: TorchMultiheadAttention, options: MultiheadOptions) -> str | None:
         """Why `adopt` would refuse `module`; None if it would not."""
         if isinstance(module, MultiheadAttention):
             return "already a reformer_kernels.MultiheadAttention"
-        if type(module) is not nn.MultiheadAttention:
+        if type(module) is not TorchMultiheadAttention:
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             return f"a subclass, {kind}, which may compute something else"
         if "forward" in vars(module):
@@ -164,10 +174,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise ValueError(reason)
         for name in OPTION_NAMES:
             setattr(self, name, getattr(options, name))
-        # If this were True, torch's encoder layers would, in evaluation, hand the module's weights to a fused
-        # kernel and never call the module. What it means (the three inputs have one size and their
-        # projections are packed) is read from `in_proj_weight` here.
-        self._qkv_same_embed_dim = False
+        if call_the_module not in self._forward_pre_hooks.values():
+            self.register_forward_pre_hook(call_the_module)
 
     @property
     def config(self) -> LSHConfig:
@@ -191,12 +199,6 @@ class MultiheadAttention(nn.MultiheadAttention):
             "reformer_kernels.MultiheadAttention cannot be compiled by TorchScript; use torch.compile, "
             "or nn.MultiheadAttention, which loads the same state dict"
         )
-
-    def _reset_parameters(self) -> None:
-        before = self._qkv_same_embed_dim
-        self._qkv_same_embed_dim = self.in_proj_weight is not None
-        super()._reset_parameters()
-        self._qkv_same_embed_dim = before
 
     def forward(
         self,
@@ -295,9 +297,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             # With the hint, torch would hide the extra keys of add_bias_kv from the first queries.
             is_causal = self.bias_k is None and not self.add_zero_attn
         if need_weights and self._torch_may_fuse():
-            view = nn.MultiheadAttention.__new__(nn.MultiheadAttention)
-            view.__dict__.update(self.__dict__, _qkv_same_embed_dim=True)
-            return nn.MultiheadAttention.forward(
+            view = TorchMultiheadAttention.__new__(TorchMultiheadAttention)
+            view.__dict__.update(self.__dict__)
+            return TorchMultiheadAttention.forward(
                 view,
                 query,
                 key,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from reformer_kernels.config import LSHConfig
-from reformer_kernels.modules.multihead_arguments import Fallback, checked_options
+from reformer_kernels.modules.multihead_arguments import Fallback, TorchMultiheadAttention, checked_options
 from reformer_kernels.modules.multihead_attention import MultiheadAttention
 
 
@@ -50,7 +50,7 @@ def replace_attention(
     seed: int = 0,
     backend: str = "auto",
     fallback: Fallback | None = None,
-    predicate: Callable[[str, nn.MultiheadAttention], bool] | None = None,
+    predicate: Callable[[str, TorchMultiheadAttention], bool] | None = None,
 ) -> ReplacementReport:
     """Turns every `nn.MultiheadAttention` in `model` into a `MultiheadAttention`, in place.
 
@@ -84,10 +84,10 @@ def replace_attention(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     options = checked_options(config, full_attention_threshold, shared_qk, seed, backend, fallback)
-    to_replace: dict[str, nn.MultiheadAttention] = {}
+    to_replace: dict[str, TorchMultiheadAttention] = {}
     kept: dict[str, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, TorchMultiheadAttention):
             reason = MultiheadAttention.why_not_adopted(module, options)
             if reason is None and predicate is not None and not predicate(name, module):
                 reason = "the predicate left it out"

@@ -148,11 +148,13 @@ size_t workspace_bytes(const AttentionParams& p) {
 }  // namespace
 
 size_t attention_backward_workspace_bytes(const AttentionParams& p) {
+  if (!can_plan(p)) return 0;
   return with_element(p.dtype, [&](auto element) { return workspace_bytes<decltype(element)>(p); });
 }
 
 Status attention_backward(const AttentionParams& p, const AttentionGradients& g) {
-  if (p.B * p.H == 0 || p.L == 0) return Status::kOk;
+  if (!can_plan(p)) return Status::kEmpty;
+  if (p.B * p.H == 0) return Status::kOk;
   return with_element(p.dtype, [&](auto element) { return backward<decltype(element)>(p, g); });
 }
 

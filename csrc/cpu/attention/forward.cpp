@@ -98,11 +98,13 @@ size_t workspace_bytes(const AttentionParams& p) {
 }  // namespace
 
 size_t attention_forward_workspace_bytes(const AttentionParams& p) {
+  if (!can_plan(p)) return 0;
   return with_element(p.dtype, [&](auto element) { return workspace_bytes<decltype(element)>(p); });
 }
 
 Status attention_forward(const AttentionParams& p) {
-  if (p.B * p.H == 0 || p.L == 0) return Status::kOk;
+  if (!can_plan(p)) return Status::kEmpty;
+  if (p.B * p.H == 0) return Status::kOk;
   return with_element(p.dtype, [&](auto element) { return forward<decltype(element)>(p); });
 }
 

@@ -48,6 +48,11 @@ struct Plan {
   int32_t ring_laps = 0;          // the most times that a range may go around the ring
 };
 
+// Whether the sizes by which a plan divides are positive. Without, no plan can be made.
+static inline bool can_plan(const AttentionParams& p) {
+  return p.L > 0 && p.Lk > 0 && p.R > 0 && p.starts_size > 1 && p.rule.chunk_length > 0;
+}
+
 static inline Plan make_plan(const AttentionParams& p) {
   const AttentionRule& rule = p.rule;
   Plan plan;

@@ -108,4 +108,4 @@ def _parameters(arguments: Arguments, out: Tensor, lse: Tensor) -> Any:
 
 
 def _workspace(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8)  # torch aligns CPU memory to 64 bytes
+    return torch.empty(size, dtype=torch.uint8, device="cpu")  # torch aligns CPU memory to 64 bytes

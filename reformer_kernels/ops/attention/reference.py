@@ -218,7 +218,9 @@ def _check_layout(name: str, order: Tensor, bucket_starts: Tensor, *, sorted_buc
     if order.device.type != "cpu" or torch.compiler.is_compiling() or type(order) is not Tensor:
         return
     L = order.shape[-1]
-    if not torch.equal(order.sort(dim=-1).values, torch.arange(L, dtype=order.dtype).expand(order.shape)):
+    if not torch.equal(
+        order.sort(dim=-1).values, torch.arange(L, dtype=order.dtype, device=order.device).expand(order.shape)
+    ):
         raise ValueError(
             f"{name}.order must hold a permutation of 0..{L - 1} for every batch, head and round"
         )

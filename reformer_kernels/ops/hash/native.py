@@ -15,8 +15,8 @@ def lsh_hash(x: Tensor, rotations: Tensor, factors: Sequence[int], padding: Tens
     native = _native.extension()
     B, H, L, D = x.shape
     R, width = rotations.shape[2:]
-    buckets = torch.empty((B, H, R, L), dtype=torch.int32)
-    factor_table = torch.tensor(factors, dtype=torch.int32)
+    buckets = torch.empty((B, H, R, L), dtype=torch.int32, device="cpu")
+    factor_table = torch.tensor(factors, dtype=torch.int32, device="cpu")
     params = native.HashParams(
         B=B,
         H=H,

@@ -16,7 +16,8 @@ _LIBRARY.define(
 
 def _sample_rotations(seed: Tensor, heads: int, head_dim: int, rounds: int, width: int) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(int(seed.item()))
-    return torch.randn((heads, head_dim, rounds, width), generator=generator, dtype=torch.float32)
+    shape = (heads, head_dim, rounds, width)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _sample_rotations_fake(seed: Tensor, heads: int, head_dim: int, rounds: int, width: int) -> Tensor:
