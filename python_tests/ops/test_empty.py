@@ -13,8 +13,9 @@ import torch
 
 import reformer_kernels.functional
 from reformer_kernels import _native
+from reformer_kernels.call import cross_attention_rule, self_attention_rule
 from reformer_kernels.config import LSHConfig
-from reformer_kernels.rule import AttentionRule, cross_attention_rule, self_attention_rule
+from reformer_kernels.rule import AttentionRule
 
 assert reformer_kernels.functional is not None  # importing it defines the operators
 

@@ -60,12 +60,11 @@ class MultiheadAttention(TorchMultiheadAttention):
     Beyond the threshold, LSH attention has no attention weights (`need_weights=True`, the default of
     `nn.MultiheadAttention`; torch's Transformer layers pass False), and takes no `attn_mask` other than the
     causal one, no `key_padding_mask` that requires a gradient, and no heads of more than 256. A call with one
-    of these computes full attention with `fallback="exact"` and raises with `fallback="raise"`; nothing is
-    ignored. The causal mask (True, -inf, -1e9 or the dtype's smallest number exactly where key j comes after
-    query i) is recognised by reading it, whatever `is_causal` says. `is_causal=True` without a mask is
-    accepted at every length and means the causal mask, so long sequences need no L × L tensor.
-    `key_padding_mask` may be bool, or float: a bias of each key. Every query sees the extra keys of
-    `add_bias_kv` and `add_zero_attn`.
+    of these computes full attention with `fallback="exact"` and raises with `fallback="raise"`. The causal
+    mask (True, -inf, -1e9 or the dtype's smallest number exactly where key j comes after query i) is
+    recognised by reading it, whatever `is_causal` says. `is_causal=True` without a mask is accepted at every
+    length and means the causal mask, so long sequences need no L × L tensor. `key_padding_mask` may be bool,
+    or float: a bias of each key. Every query sees the extra keys of `add_bias_kv` and `add_zero_attn`.
 
     In training each call draws new rotations (and dropout) from torch's global CPU generator, so
     `torch.manual_seed` reproduces a run; in evaluation the rotations follow from `seed` alone.
