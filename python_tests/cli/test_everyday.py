@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,17 @@ SIZES = [
     for name, value in dataclasses.asdict(TINY).items()
     if name not in ("lr", "seed")
 ]
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Commands started here can be interrupted, also where the tests' own process ignores Ctrl-C.
+
+    A shell starts its background jobs so, and a process inherits what its parent ignores.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
