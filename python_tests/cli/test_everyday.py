@@ -85,7 +85,10 @@ def test_an_early_interrupt_has_no_traceback(text_file: Path, tmp_path: Path, se
     process = command("train", text_file, *SIZES, "--steps", 100000, "--checkpoint", path)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode in (-signal.SIGINT, 130)
     assert b"Traceback" not in errors
 
