@@ -73,6 +73,9 @@ def register_attention(name: str = "lsh", options: AttentionOptions = AttentionO
       prompt that follow others in a cache, static caches, heads of more than 256. `options.fallback="raise"`
       makes it an error.
 
+    Under torch.compile, pass a causal model its `attention_mask`: without one transformers takes every batch
+    for a packed one, whose mask is not causal alone.
+
     Registering a name again replaces its options, also for models that use it. Several names can stand side
     by side with options of their own.
 
