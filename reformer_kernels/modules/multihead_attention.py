@@ -230,7 +230,7 @@ class MultiheadAttention(TorchMultiheadAttention):
             (N, num_heads, L, S) if not averaged.
 
         Raises:
-            ValueError, TypeError: shapes, dtypes or is_causal do not fit (up to the threshold, torch's errors).
+            ValueError, TypeError: shapes, dtypes or is_causal do not fit (to the threshold, torch's errors).
             RuntimeError: full attention is needed beyond the threshold, where `fallback="raise"` forbids it.
         """
         refuse_tracing("reformer_kernels.MultiheadAttention")
