@@ -114,7 +114,8 @@ class LSHConfig:
             chunks_after), as many keys as the same chunks hold.
         bucket_factors: numbers of buckets of the hash's factors, each even; ids are
             b0 + f0 * b1 + f0 * f1 * b2 ... An integer is one factor. None: automatic, from the length, see
-            `automatic_factors` and `span`.
+            `automatic_factors` and `span`. The length is that of the padded rows, as one call has one number
+            of buckets: give factors where a padded row must give what the row alone gives.
         causal: a query sees no key at a later position.
         attend_across_buckets: whether a query also sees keys of other buckets in its range. The paper
             masks them (Appendix A); the public implementations do not.
