@@ -139,16 +139,20 @@ def _attend_block(
     logits = scale * torch.einsum("bhnd,bhnwd->bhnw", q[:, :, queries], keys)  # [B, H, n, R*W]
     if bias is not None:
         logits = logits + key_bias.masked_fill(~visible, 0)
-    if rule.correct_duplicates:
-        met = torch.zeros((B, H, n, L_k), dtype=torch.int64, device=q.device)
-        met = met.scatter_add(-1, j, visible.long()).gather(-1, j)
-        logits = logits - met.clamp_min(1).to(logits.dtype).log()
-
     empty = ~visible.any(-1)  # [B, H, n]
     # Zeros in an empty row keep its softmax finite; `visible` takes its weights away below.
     logits = logits.masked_fill(~visible & ~empty[..., None], float("-inf"))
-    lse = logits.logsumexp(-1)
-    weights = (logits - lse[..., None]).exp() * visible
+    # Beside a large bias, logits would lose the log of N, and lse the log of the sum, so neither is added
+    # before the exponentials are taken.
+    largest = logits.detach().amax(-1)
+    exponentials = (logits - largest[..., None]).exp()
+    if rule.correct_duplicates:
+        met = torch.zeros((B, H, n, L_k), dtype=torch.int64, device=q.device)
+        met = met.scatter_add(-1, j, visible.long()).gather(-1, j)
+        exponentials = exponentials / met.clamp_min(1)
+    total = exponentials.sum(-1)
+    lse = total.log() + largest
+    weights = exponentials / total[..., None] * visible
     if dropout_p > 0:
         assert seed is not None
         head = torch.arange(B * H, device=q.device).view(B, H, 1, 1)
