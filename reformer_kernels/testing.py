@@ -1,4 +1,4 @@
-"""Tolerances, the measure of an error, seeded inputs, and settings to run kernels in: for tests and benchmarks."""
+"""Tolerances, the measure of an error, seeded inputs, settings to run kernels in: of tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -39,12 +39,16 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected)[finite].abs().max() / expected[finite].abs().max().clamp_min(1e-30))
 
 
-def near_ties(x: Tensor, rotations: Tensor, factors: tuple[int, ...]) -> Tensor:
-    """(B, H, R, L): where, in some factor, the best two of [xR; -xR] are closer than float32 can tell."""
+def near_ties(x: Tensor, rotations: Tensor, factors: tuple[int, ...], sizes: Tensor | None = None) -> Tensor:
+    """(B, H, R, L): where, in some factor, the best two of [xR; -xR] are closer than float32 can tell.
+
+    `sizes` are the magnitudes of the numbers that x was computed from in float32, by default its own.
+    """
     projected = torch.einsum("bhld,hdrc->bhrlc", x.double(), rotations.double().expand(x.size(1), -1, -1, -1))
     # The error of a float32 dot product is relative to the sum of its terms' magnitudes.
+    sizes = x.abs() if sizes is None else sizes
     size = torch.einsum(
-        "bhld,hdrc->bhrlc", x.double().abs(), rotations.double().abs().expand(x.size(1), -1, -1, -1)
+        "bhld,hdrc->bhrlc", sizes.double(), rotations.double().abs().expand(x.size(1), -1, -1, -1)
     )
     close = torch.zeros(projected.shape[:-1], dtype=torch.bool)
     column = 0

@@ -230,7 +230,7 @@ def operators(draw: st.DrawFn, operator: str) -> Operator:
         operator=operator,
         rule=rule,
         scale=draw(st.sampled_from([1.0, 0.3, 0.0, 2.0, -1.0])),
-        R=draw(st.integers(1, 3)),
+        R=draw(st.integers(1, 2 if operator == "triton_attention" else 3)),
         n_buckets=draw(st.sampled_from([1, 2, 3, 5, 30])),
         own_keys=own,
         key_length=key_length,
