@@ -35,6 +35,9 @@ SECONDS = 1800
 """How long a piece may take before its process is ended, and the case that it was at is a failure."""
 
 
+WORKER = ("-X", "faulthandler", "-m", "bench.fuzz.worker")
+
+
 class Log:
     """The counts of each function, in a file where one is asked for. Threads share it."""
 
@@ -74,21 +77,12 @@ def run_piece(name: str, cases: int, seed_text: str) -> dict[str, Any]:
     """The outcome of cases that run in a process of their own."""
     with tempfile.TemporaryDirectory() as folder:
         current, result = Path(folder, "case"), Path(folder, "result")
-        command = [
-            sys.executable,
-            "-X",
-            "faulthandler",
-            "-m",
-            "bench.fuzz.worker",
-            name,
-            str(cases),
-            seed_text,
-        ]
+        command = [sys.executable, *WORKER, name, str(cases), seed_text, str(current), str(result)]
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         start = time.perf_counter()
         try:
             done = subprocess.run(
-                [*command, str(current), str(result)],
+                command,
                 cwd=ROOT,
                 env=environment,
                 capture_output=True,
