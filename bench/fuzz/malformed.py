@@ -91,6 +91,8 @@ def _functions() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
         local = ("chunk_length", "chunks_before", "chunks_after", "causal", "ring", "scale", *options)
         by_position = by_place(F.local_attention, 3, *local)
         yield "local_attention", by_position, (q, k, v, 4, 1, 0, True, False, 1.0, *rest)
+        band = by_place(F.sliding_window_attention, 4, "causal", "scale", *options[:-1])
+        yield "sliding_window_attention", band, (q, k, v, 3, True, 1.0, *rest[:-1])
         yield "lsh_hash", F.lsh_hash, (q, rotations, [4], mask, backend)
         yield "bucket_sort", F.bucket_sort, (torch.zeros(2, 8, dtype=torch.int32), 4, backend)
         places = ("rotations", "seed", "key_padding_mask", "backend")

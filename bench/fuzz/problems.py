@@ -134,6 +134,15 @@ class Function(Problem):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Band(Problem):
+    """A call of `sliding_window_attention`."""
+
+    window: int = 3
+    causal: bool = False
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Operator(Problem):
     """A call of an operator of attention, whose layout has random buckets."""
 
@@ -188,6 +197,22 @@ def functions(draw: st.DrawFn, function: str) -> Function:
         given=draw(st.sampled_from(["seed", "rotations", "layout"])),
         own_keys=own,
         key_length=draw(small_lengths) if cross else None,
+        **problem,
+    )
+
+
+@st.composite
+def bands(draw: st.DrawFn) -> Band:
+    problem = draw(_problems(shared=False, l2=False))
+    problem["values"] = draw(st.sampled_from(["normal", "normal", "zeros", "zero rows", "padding"]))
+    if problem["mask"] in ("none", "least bias"):
+        problem |= {"mask": "none", "values": problem["values"].replace("padding", "normal")}
+    if problem["dtype"] == "float64":
+        problem["backend"] = "reference"
+    return Band(
+        window=draw(_windows),
+        causal=draw(st.booleans()),
+        scale=draw(st.sampled_from([0.0, 0.3, 1.0])),
         **problem,
     )
 

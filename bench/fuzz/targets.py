@@ -44,6 +44,9 @@ TARGETS = {
             Target(name, problems.functions(name), attention.check_function, (name,))
             for name in ("attend", "lsh_attention", "lsh_cross_attention", "local_attention")
         ),
+        Target(
+            "sliding_window_attention", problems.bands(), attention.check_band, ("sliding_window_attention",)
+        ),
         Target("lsh_hash", hashing.hashes("lsh_hash"), hashing.check_hash, ("lsh_hash",)),
         Target("bucket_sort", hashing.sorts("bucket_sort"), hashing.check_sort, ("bucket_sort",)),
         Target("lsh_layout", hashing.places(False), hashing.check_places, ("lsh_layout",)),
