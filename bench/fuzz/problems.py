@@ -36,7 +36,7 @@ SPOILED = ("padding", "head")
 the other heads have a defined result."""
 
 
-SMALL = ("zeros", "zero rows", "denormal")
+SMALL = ("zeros", "zero rows", "denormal", "integers")
 """Kinds of values whose rows have, or may have, no length."""
 
 
