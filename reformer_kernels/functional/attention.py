@@ -324,7 +324,14 @@ def local_attention(
     check_dropout(dropout_p)
     check_flag("return_lse", return_lse)
     call = self_attention_call(
-        config, q, shared_qk=False, mask=mask, dropout_p=dropout_p, seed=seed, backend=backend
+        config,
+        q,
+        shared_qk=False,
+        by_position=True,
+        mask=mask,
+        dropout_p=dropout_p,
+        seed=seed,
+        backend=backend,
     )
     out, lse = attention(q, k, v, layout_by_position(q), call)
     return (out, lse) if return_lse else out
