@@ -146,6 +146,9 @@ def attention(
                     lse[b, h, i] = -1e5 if alone else -math.inf
                     out[b, h, i] = v[b, h, i] if alone else 0
                     continue
+                if rule.correct_duplicates and not rule.ring:  # the first round that meets a key counts it
+                    first = {x.key: x for x in reversed(met)}
+                    met = [x for x in met if first[x.key] is x]
                 count = Counter(x.key for x in met)
                 weights = []
                 for x in met:
