@@ -34,7 +34,8 @@ def test_table_and_json(tmp_path: Path) -> None:
     assert (first["kernel"], first["dtype"], first["head_dim"]) == ("residual_step", "bfloat16", 64)
     assert first["spill_bytes"] == 0 and first["registers"] > 0 and 0 < first["occupancy"] <= 1
     assert first["tensor_core_instructions"] == {} and first["shared_bytes"] >= 0 and first["faults"] == []
-    assert first["loads"]["16"] >= 1
+    assert first["loads"]["16"] >= 1 and first["stores"]["16"] >= 1
+    assert first["issue_cycles_per_pair"] is None and first["preset"] is None
     assert {row["options"] for row in document["kernels"]} == {"off", "all"}
     assert {row["operation"] for row in document["predicted"]} == set(cost_model.OPERATIONS)
 
@@ -64,6 +65,10 @@ def test_faults_are_shown_and_end_with_exit_code_1(monkeypatch: pytest.MonkeyPat
         (["--arch", "sm_70"], "--arch must be one of sm_80, sm_90, sm_100, gfx942, got"),
         (["--arch", "none"], "--arch must name at least one"),
         (["--op", "sorting"], "--op must be one of"),
+        (
+            ["--preset", "haiku"],
+            "--preset must be one of paper, trax, lucidrains, bucket, cross, local, full",
+        ),
         (["--dtype", "float64"], "--dtype must be one of float32, bfloat16, float16"),
         (["--head-dim", "512"], "--head-dim must be at most 256, got 512"),
         (["--hashes", "0"], "--hashes must be positive, got 0"),

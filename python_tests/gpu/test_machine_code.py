@@ -21,16 +21,19 @@ from reformer_kernels._limits import KERNEL_DTYPES  # noqa: E402
 from reformer_kernels.gpu import machine_code, tiles  # noqa: E402
 from reformer_kernels.gpu.architectures import ARCHITECTURES, CHIPS  # noqa: E402
 from reformer_kernels.gpu.machine_code import Inspected, Request  # noqa: E402
+from reformer_kernels.gpu.presets import PRESETS  # noqa: E402
 from reformer_kernels.gpu.specializations import HEAD_DIMS, OPTIONS, TRITON_TYPES, Specialization  # noqa: E402
 from reformer_kernels.gpu.tiles import Tile, TileRow  # noqa: E402
 
 
 def requests() -> list[Request]:
     if os.environ.get("REFORMER_COMPILE_ALL") == "1":
-        return [Request(*key) for key in itertools.product(ARCHITECTURES, KERNEL_DTYPES, HEAD_DIMS, OPTIONS)]
+        keys = itertools.product(ARCHITECTURES, KERNEL_DTYPES, HEAD_DIMS, OPTIONS)
+        return [Request(*key, presets=tuple(PRESETS)) for key in keys]
     chosen = [Request(a, torch.bfloat16, 128, "all") for a in ARCHITECTURES]
     chosen += [Request(a, torch.bfloat16, 64, "all") for a in ("sm_80", "sm_90", "sm_100")]
-    chosen += [Request("sm_90", torch.bfloat16, 64, "off"), Request("sm_90", torch.float32, 64, "all")]
+    chosen += [Request("sm_90", torch.float32, 64, "all")]
+    chosen += [Request("sm_90", torch.bfloat16, 64, "off", presets=(preset,)) for preset in PRESETS]
     return chosen
 
 
@@ -42,7 +45,7 @@ def compiled() -> list[Inspected]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_have_no_faults(architecture: str, compiled: list[Inspected]) -> None:
     mine = [row for row in compiled if row.code.architecture == architecture]
-    assert {row.code.kernel for row in mine} == {row.code.kernel for row in compiled}
+    assert {row.code.kernel for row in mine} >= {"attention_forward", "lsh_hash", "residual_step"}
     wrong = [f"{row.code}: {fault}" for row in mine for fault in row.faults]
     assert not wrong, "\n".join(wrong)
     for row in mine:

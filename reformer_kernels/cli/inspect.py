@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from reformer_kernels._files import write_atomically
 from reformer_kernels._limits import KERNEL_DTYPES, MAX_HEAD_DIM, MAX_LENGTH
@@ -25,11 +24,13 @@ from reformer_kernels.cli.arguments import (
     usage_error,
     writable_file,
 )
+from reformer_kernels.cli.inspect_tables import code_table, floor_table
 from reformer_kernels.config import MAX_CHUNK_LENGTH, MAX_HASHES
 from reformer_kernels.gpu import cost_model, machine_code
 from reformer_kernels.gpu.architectures import ARCHITECTURES, CHIPS
 from reformer_kernels.gpu.machine_code import Inspected, Request
-from reformer_kernels.gpu.specializations import HEAD_DIMS, OPERATIONS, OPTIONS
+from reformer_kernels.gpu.presets import PRESETS
+from reformer_kernels.gpu.specializations import HEAD_DIMS, OPERATIONS, OPTIONS, WITH_PRESETS
 from reformer_kernels.models.config import MAX_SIZE
 
 SCHEMA = 1
@@ -50,6 +51,9 @@ def inspect(
     head_dim: Annotated[str, typer.Option(help="Head dimensions, separated by commas.")] = ",".join(
         map(str, HEAD_DIMS)
     ),
+    preset: Annotated[
+        str, typer.Option(help=f"Kinds of attention, separated by commas: {', '.join(PRESETS)}.")
+    ] = ",".join(PRESETS),
     options: Annotated[
         str, typer.Option(help="off: the least that a kernel can do; all: all of its options at once.")
     ] = "off,all",
@@ -71,10 +75,12 @@ def inspect(
     """
     architectures = _at_least_one("--arch", arch, ARCHITECTURES)
     operations = OPERATIONS if op is None else _at_least_one("--op", op, OPERATIONS)
+    presets = _at_least_one("--preset", preset, tuple(PRESETS))
     requests = [
-        Request(architecture, DTYPES[name], size, level, (operation,))
+        Request(architecture, DTYPES[name], size, level, (operation,), (kind,))
         for architecture in architectures
         for operation in operations
+        for kind in (presets if operation in WITH_PRESETS else presets[:1])
         for name in _at_least_one("--dtype", dtype, tuple(DTYPES))
         for size in integers("--head-dim", head_dim)
         for level in _at_least_one("--options", options, OPTIONS)
@@ -107,8 +113,8 @@ def inspect(
     ]
     console = new_console()
     for architecture in architectures:
-        console.print(_code_table(architecture, inspected))
-        console.print(_floor_table(architecture, shape, floors))
+        console.print(code_table(architecture, inspected))
+        console.print(floor_table(architecture, shape, floors))
     for row in inspected:
         for fault in row.faults:
             console.print(f"[bold red]FAULT[/] {row.code}: {fault}", highlight=False)
@@ -148,58 +154,3 @@ def _floor(operation: str, architecture: str, shape: cost_model.Shape) -> dict[s
         "predicted_seconds": floor.seconds,
         "bound_by": floor.bound,
     }
-
-
-def _code_table(architecture: str, inspected: Sequence[Inspected]) -> Table:
-    table = Table(title=f"Machine code, {architecture}", title_justify="left")
-    for title in ("kernel", "dtype"):
-        table.add_column(title, no_wrap=True)
-    for title in ("D", "options", "tile", "registers", "spill\nbytes", "shared\nbytes", "resident\nblocks"):
-        table.add_column(title, justify="right")
-    for title in ("occupancy", "limited by", "tensor-core\ninstructions", "loads by bytes", "faults"):
-        table.add_column(title)
-    previous = None
-    for row in inspected:
-        code = row.code
-        if code.architecture != architecture:
-            continue
-        if previous not in (None, (code.kernel, code.dtype)):
-            table.add_section()
-        first = previous != (code.kernel, code.dtype)
-        previous = (code.kernel, code.dtype)
-        table.add_row(
-            *((code.kernel, code.dtype) if first else ("", "")),
-            str(code.head_dim),
-            code.options,
-            str(code.tile or f"w{code.warps}"),
-            *map(str, (code.registers, code.spill_bytes, code.shared_bytes, code.resident_blocks)),
-            f"{100 * code.occupancy:.0f} %",
-            code.limited_by,
-            ", ".join(f"{count} {name}" for name, count in code.tensor_core_instructions.items()) or "none",
-            ", ".join(f"{width}: {count}" for width, count in reversed(code.loads.items())) or "none",
-            f"[bold red]{len(row.faults)}[/]" if row.faults else "",
-        )
-    return table
-
-
-def _floor_table(architecture: str, shape: cost_model.Shape, floors: Sequence[dict[str, Any]]) -> Table:
-    rates = CHIPS[architecture].rates
-    basis = "measured rates" if rates.measured else "the data sheet's rates"
-    table = Table(
-        title=f"Predicted least time on an {rates.device} at {basis}: {shape.heads} heads, "
-        f"L = {shape.length}, {shape.n_hashes} rounds, chunk {shape.chunk_length}",
-        title_justify="left",
-    )
-    for title in ("operation", "bits", "D", "bytes", "operations", "predicted", "bound by"):
-        table.add_column(title, justify="left" if title in ("operation", "bound by") else "right")
-    for row in floors:
-        if row["architecture"] == architecture:
-            table.add_row(
-                row["operation"],
-                *map(str, (row["bits"], row["head_dim"])),
-                f"{row['bytes'] / 1e6:.1f} M",
-                f"{row['operations'] / 1e9:.2f} G",
-                f"{row['predicted_seconds'] * 1e6:.1f} us",
-                row["bound_by"],
-            )
-    return table

@@ -51,7 +51,10 @@ class Chip:
         reserved_bytes: what the system keeps of each block's shared memory.
         tensor_memory: columns of tensor memory, 0 where there is none.
         tensor_core: how the names of its tensor-core instructions begin.
-        instructions: warp instructions that the chip issues a second (multiprocessors * 4 * clock).
+        multiprocessors, clock: how many there are, and their cycles a second under load.
+        tensor_operations: operations of products of 16-bit numbers that one multiprocessor carries out in a
+            cycle; half as many of 32-bit ones.
+        vector_cycles: the cycles that a partition takes to issue one vector instruction of a warp.
         rates: what the chip moves and multiplies.
     """
 
@@ -65,8 +68,11 @@ class Chip:
     reserved_bytes: int
     tensor_memory: int
     tensor_core: str
-    instructions: float
+    multiprocessors: int
+    clock: float
+    tensor_operations: float
     rates: Rates
+    vector_cycles: int = 1
 
     @property
     def lanes(self) -> int:
@@ -86,7 +92,9 @@ CHIPS: Mapping[str, Chip] = {
         reserved_bytes=KIB,
         tensor_memory=0,
         tensor_core="HMMA",
-        instructions=6.1e11,
+        multiprocessors=108,
+        clock=1.41e9,
+        tensor_operations=2048,
         rates=Rates("A100 80GB", 2.04e12, 312e12, 156e12, measured=False),
     ),
     "sm_90": Chip(
@@ -100,7 +108,9 @@ CHIPS: Mapping[str, Chip] = {
         reserved_bytes=KIB,
         tensor_memory=0,
         tensor_core="HGMMA",
-        instructions=9.2e11,
+        multiprocessors=132,
+        clock=1.75e9,
+        tensor_operations=4096,
         rates=Rates("H100", 3.0e12, 790e12, 395e12, measured=True),
     ),
     "sm_100": Chip(
@@ -114,7 +124,9 @@ CHIPS: Mapping[str, Chip] = {
         reserved_bytes=KIB,
         tensor_memory=512,
         tensor_core="UTCHMMA",
-        instructions=1.1e12,
+        multiprocessors=148,
+        clock=1.85e9,
+        tensor_operations=8192,
         rates=Rates("B200", 8.0e12, 2250e12, 1125e12, measured=False),
     ),
     "gfx942": Chip(
@@ -128,8 +140,11 @@ CHIPS: Mapping[str, Chip] = {
         reserved_bytes=0,
         tensor_memory=0,
         tensor_core="v_mfma",
-        instructions=2.5e12,
+        multiprocessors=304,
+        clock=2.1e9,
+        tensor_operations=2048,
         rates=Rates("MI300X", 5.3e12, 1307e12, 653e12, measured=False),
+        vector_cycles=4,
     ),
 }
 

@@ -1,7 +1,8 @@
 """The machine code of kernels, compiled and read with no device present.
 
 `read(specialization)` compiles one kernel for its architecture and returns a `MachineCode`: registers,
-spills, shared memory, how many blocks fit a multiprocessor, tensor-core instructions and the widths of loads.
+spills, shared memory, how many blocks fit a multiprocessor, tensor-core instructions, the widths of loads and
+stores, and what the instructions cost (`instruction_issue`).
 `faults` lists what is wrong with it. Triton's wheel comes with NVIDIA's disassembler; the AMD compiler writes
 the same facts into its assembly.
 """
@@ -9,14 +10,11 @@ the same facts into its assembly.
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,14 +22,22 @@ import torch
 from reformer_kernels._backend import interpreted
 from reformer_kernels.gpu import tiles
 from reformer_kernels.gpu.architectures import CHIPS, KIB, PARTITIONS, Chip
-from reformer_kernels.gpu.specializations import OPERATIONS, Specialization, all_specializations
+from reformer_kernels.gpu.disassembly import (
+    Listing,
+    disassembler,
+    load_width,
+    read_amdgcn,
+    read_cubin,
+    store_width,
+    tcgen05_descriptors,
+)
+from reformer_kernels.gpu.instruction_issue import TENSOR_CORE, IssueCount, Machine, count
+from reformer_kernels.gpu.specializations import OPERATIONS, ROUNDS, Specialization, all_specializations
 
 Value = TypeVar("Value", int, str)
 
 SMALL_SHARED_BYTES = 99 * KIB
 """The shared memory that a block may use on compute capability 8.6, 8.9 and 12.x, which run sm_80's tiles."""
-
-TENSOR_CORE = re.compile(r"^(HMMA|HGMMA|UTC\w*MMA|IMMA|v_mfma)")
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class MachineCode:
     """One compiled kernel.
 
     Attributes:
-        kernel, architecture, dtype, head_dim, options, tile: what it was compiled for.
+        kernel, preset, architecture, dtype, head_dim, options, tile: what it was compiled for.
         warps: warps of a block.
         registers: registers of a thread.
         spill_bytes: local memory (scratch) of a thread.
@@ -50,10 +56,13 @@ class MachineCode:
         tensor_core_instructions: the number of tensor-core instructions in the code, by kind.
         loads: the number of instructions that load from device memory (to registers or shared memory), by the
             bytes that one thread loads.
+        stores: the same of the instructions that store to device memory.
         instructions: the number of instructions in the code.
+        issue: what they cost a multiprocessor: see `instruction_issue`. Predicted.
     """
 
     kernel: str
+    preset: str | None
     architecture: str
     dtype: str
     head_dim: int
@@ -68,17 +77,23 @@ class MachineCode:
     limited_by: str
     tensor_core_instructions: dict[str, int]
     loads: dict[int, int]
+    stores: dict[int, int]
     instructions: int
+    issue: IssueCount
 
     def __str__(self) -> str:
+        kind = f" {self.preset}" if self.preset else ""
         return (
-            f"{self.kernel} {self.dtype} D={self.head_dim} options {self.options} on {self.architecture}, "
-            f"{self.tile}"
+            f"{self.kernel}{kind} {self.dtype} D={self.head_dim} options {self.options} "
+            f"on {self.architecture}, {self.tile}"
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON can hold them."""
-        return asdict(self)
+        """The fields as JSON can hold them, and the predicted cycles of each resource for a pair."""
+        per_pair = {
+            f"{name}_cycles_per_pair": self.issue.cycles_per_pair(name) for name in self.issue.steady.cycles
+        }
+        return asdict(self) | per_pair
 
 
 @dataclass(frozen=True)
@@ -90,6 +105,8 @@ class Request:
     head_dim: int
     options: str
     operations: tuple[str, ...] = OPERATIONS
+    presets: tuple[str, ...] = ("paper",)
+    rounds: int = ROUNDS
     tiles: Mapping[str, tiles.Tile] = field(default_factory=dict)
     kernels: tuple[str, ...] = ()
     """The names of the kernels to keep; all of them where it is empty."""
@@ -125,35 +142,63 @@ def read(specialization: Specialization) -> MachineCode:
     reason = unavailable()
     if reason is not None:
         raise RuntimeError(f"{specialization} cannot be compiled: {reason}")
-    compiled = compile_kernel(specialization)
-    chip = CHIPS[specialization.architecture]
-    if chip.target[0] == "cuda":
-        registers, spills, instructions = _read_cubin(compiled.asm["cubin"])
-    else:
-        registers, spills, instructions = _read_amdgcn(compiled.asm["amdgcn"])
+    return _machine_code(specialization, compile_kernel(specialization))
+
+
+def _machine_code(specialization: Specialization, compiled: Any) -> MachineCode:
+    chip, listing = CHIPS[specialization.architecture], disassemble(compiled)
+    names = [instruction.name for instruction in listing.instructions]
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     blocks, limit = resident_blocks(
-        chip, registers, warps, shared, getattr(compiled.metadata, "tmem_size", None) or 0
+        chip, listing.registers, warps, shared, getattr(compiled.metadata, "tmem_size", None) or 0
     )
     return MachineCode(
         kernel=specialization.name,
+        preset=specialization.preset,
         architecture=specialization.architecture,
         dtype=str(specialization.dtype).removeprefix("torch."),
         head_dim=specialization.head_dim,
         options=specialization.options,
         tile=specialization.tile,
         warps=warps,
-        registers=registers,
-        spill_bytes=spills,
+        registers=listing.registers,
+        spill_bytes=listing.spill_bytes,
         shared_bytes=shared,
         resident_blocks=blocks,
         occupancy=blocks * warps / (PARTITIONS * chip.partition_warps),
         limited_by=limit,
         tensor_core_instructions=_count(
-            re.sub(r"\.(64|\d+x\d+x\d+)\b.*", "", name) for name in instructions if TENSOR_CORE.match(name)
+            re.sub(r"\.(64|\d+x\d+x\d+)\b.*", "", name) for name in names if TENSOR_CORE.match(name)
         ),
-        loads=_count(width for width in map(_load_width, instructions) if width),
-        instructions=len(instructions),
+        loads=_count(width for width in map(load_width, names) if width),
+        stores=_count(width for width in map(store_width, names) if width),
+        instructions=len(names),
+        issue=_issue(specialization, compiled, listing, warps),
+    )
+
+
+def disassemble(compiled: Any) -> Listing:
+    """The listing of a kernel that `compile_kernel` compiled."""
+    assembly = compiled.asm
+    return read_cubin(assembly["cubin"]) if "cubin" in assembly else read_amdgcn(assembly["amdgcn"])
+
+
+def _issue(specialization: Specialization, compiled: Any, listing: Listing, warps: int) -> IssueCount:
+    chip, tile = CHIPS[specialization.architecture], specialization.tile
+    return count(
+        listing.instructions,
+        Machine(
+            warps=warps,
+            lanes=chip.lanes,
+            tensor_operations=chip.tensor_operations * (1 if specialization.bits == 16 else 0.5),
+            instruction_cycles=chip.vector_cycles,
+            vector_prefix="v_" if chip.vector_cycles > 1 else "",
+        ),
+        products=specialization.products,
+        depth=tiles.padded_head_dim(specialization.head_dim),
+        tile_pairs=tile.rows * tile.keys if tile else 0,
+        rounds=specialization.rounds,
+        descriptors=tcgen05_descriptors(compiled.asm.get("ptx", "")),
     )
 
 
@@ -166,6 +211,8 @@ def inspect(request: Request) -> list[Inspected]:
         head_dim=request.head_dim,
         options=request.options,
         operations=request.operations,
+        presets=request.presets,
+        rounds=request.rounds,
         tiles=request.tiles,
     ):
         if request.kernels and specialization.name not in request.kernels:
@@ -278,82 +325,6 @@ def compile_kernel(specialization: Specialization) -> Any:
         return triton.compile(source, target=GPUTarget(*chip.target), options=options)
     except Exception as error:  # each stage of the compiler raises its own; none names the kernel
         raise RuntimeError(f"{specialization} does not compile: {error}") from error
-
-
-# NVIDIA
-
-
-def disassembler() -> Path:
-    """Where cuobjdump is, which comes with Triton's wheel."""
-    import triton.backends.nvidia
-
-    return Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-
-
-_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
-
-
-def _read_cubin(cubin: bytes) -> tuple[int, int, list[str]]:
-    """Registers, spill bytes and the names of all instructions."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        usage, assembly = (
-            subprocess.run(
-                [str(disassembler()), option, str(file)], check=True, capture_output=True, text=True
-            ).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    resources = _RESOURCES.search(usage)
-    instructions = _INSTRUCTION.findall(assembly)
-    if resources is None or not instructions:
-        raise RuntimeError(f"the disassembler's output was not understood: {usage[:200]!r}")
-    registers, stack = map(int, resources.groups())
-    # ptxas spills to a stack frame. Local memory that is accessed without one is counted by access widths.
-    local = sum(_width(name) for name in instructions if name.split(".")[0] in ("LDL", "STL"))
-    return registers, stack or local, instructions
-
-
-def _width(name: str) -> int:
-    """Bytes that an instruction such as LDG.E.128.CONSTANT moves for one thread."""
-    for part in name.split("."):
-        if part in ("64", "128", "256"):
-            return int(part) // 8
-        if part in ("U8", "S8", "U16", "S16"):
-            return int(part[1:]) // 8
-    return 4
-
-
-# AMD
-
-
-_AMD_INSTRUCTION = re.compile(r"^\s+((?:[vs]|global|buffer|flat|ds|scratch)_\w+)", re.MULTILINE)
-
-
-def _read_amdgcn(assembly: str) -> tuple[int, int, list[str]]:
-    """Registers, spill bytes and the names of all instructions."""
-    registers = re.search(r"^; TotalNumVgprs: (\d+)", assembly, re.MULTILINE)
-    scratch = re.search(r"^; ScratchSize: (\d+)", assembly, re.MULTILINE)
-    if registers is None or scratch is None:
-        raise RuntimeError("the AMD compiler's assembly does not state registers and scratch size")
-    return int(registers[1]), int(scratch[1]), _AMD_INSTRUCTION.findall(assembly)
-
-
-_AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}
-
-
-def _load_width(name: str) -> int:
-    """The bytes that a thread loads from device memory, 0 for an instruction that is no such load."""
-    if name.split(".")[0] in ("LDG", "LDGSTS"):
-        return _width(name)
-    load = re.match(r"(?:global|buffer|flat)_load_(\w+)", name)
-    if load is None:
-        return 0
-    for kind, width in _AMD_WIDTHS.items():
-        if load[1].startswith(kind):
-            return width
-    return 1 if "byte" in load[1] else 2
 
 
 def _count(values: Iterable[Value]) -> dict[Value, int]:

@@ -81,7 +81,7 @@ def predicted_seconds(kernel: str, tile: Tile, inspected: Inspected, bits: int, 
     slowest = max(
         2.0 * D * products / chip.rates.matmul(bits),
         (gathered / tile.rows + 3 * D * element) / (CACHE_RATE * chip.rates.copy),
-        code.instructions * code.warps * steps / tile.rows / chip.instructions,
+        code.instructions * code.warps * steps / tile.rows / (PARTITIONS * chip.multiprocessors * chip.clock),
     )
     warps = max(1, min(code.resident_blocks * code.warps, PARTITIONS * chip.partition_warps))
     return slowest * (1 + LATENCY_WARPS / warps) * (1 + code.spill_bytes / SPILL_PENALTY_BYTES)

@@ -32,6 +32,8 @@ FACTORS_A_LAUNCH = 4
 """The most bucket factors of one launch, which is as many as automatic factors have."""
 
 _PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+_PRODUCTS = {1: 3, 2: 5, 3: 6}
+"""How many bfloat16 products `_product` computes."""
 """How many bfloat16 numbers each dtype splits into."""
 
 _INTEGERS = (
@@ -270,5 +272,6 @@ def specializations(
             head_dim=head_dim,
             options=options,
             divisible=tuple(pointers),
+            products=_PRODUCTS[_PARTS[dtype]],
         )
     ]
