@@ -51,11 +51,14 @@ class Cost:
     Attributes:
         instructions: those that one warp carries out.
         pairs: the pairs of a row and a key that they serve, for all warps of the block together.
+        cache_bytes: what all warps load from and store to the second-level cache or memory. Loads of less
+            than 8 bytes are left out: they are indices, of which many threads load the same.
         cycles: the least cycles of a multiprocessor for all warps of the block, by what is busy.
     """
 
     instructions: float
     pairs: float
+    cache_bytes: float
     cycles: dict[str, float]
 
     @property
@@ -129,9 +132,10 @@ def count(
         # Rounded down: the warps of a small tile carry out some products twice.
         steps = int(done / (2.0 * depth * products * tile_pairs)) if products else 0
         pairs = float(max(steps, least_steps) * tile_pairs)
-        cycles = _cycles([(code[i], weight) for i, weight in weights.items()], machine)
-        cycles["tensor"] = done / machine.tensor_operations
-        return Cost(sum(weights.values()), pairs, cycles)
+        weighted = [(code[i], weight) for i, weight in weights.items()]
+        cycles = _cycles(weighted, machine) | {"tensor": done / machine.tensor_operations}
+        moved = sum(weight * _row_bytes(instruction.name) for instruction, weight in weighted)
+        return Cost(sum(weights.values()), pairs, moved * machine.warps * machine.lanes, cycles)
 
     if not steady:
         return IssueCount(None, cost(rest, 1 if products else 0))
@@ -186,6 +190,12 @@ def _cycles(weighted: Iterable[tuple[Instruction, float]], machine: Machine) -> 
         "special": special * machine.warps * machine.lanes / 16,
         "memory": memory * machine.warps * machine.lanes / 128,
     }
+
+
+def _row_bytes(name: str) -> int:
+    """Bytes that a thread moves between registers (or shared memory) and the cache, indices left out."""
+    loaded = load_width(name)
+    return store_width(name) + (loaded if loaded >= 8 else 0)
 
 
 def _shared_width(name: str) -> int:

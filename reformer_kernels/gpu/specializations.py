@@ -106,6 +106,10 @@ class Specialization:
                 f"{self.name}: divisible names {sorted(unknown)}, which are not in the signature"
             )
 
+    def __hash__(self) -> int:
+        constants = tuple(sorted((name, str(value)) for name, value in self.constexprs.items()))
+        return hash((self.name, self.preset, self.architecture, self.dtype, self.options, constants))
+
     @property
     def bits(self) -> int:
         """Bits of one number of the tensors."""
@@ -115,6 +119,14 @@ class Specialization:
         dtype = str(self.dtype).removeprefix("torch.")
         kind = f" {self.preset}" if self.preset else ""
         return f"{self.name}{kind} {dtype} D={self.head_dim} options {self.options} on {self.architecture}"
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch of a kernel, in so many programs."""
+
+    specialization: Specialization
+    programs: int
 
 
 def all_specializations(

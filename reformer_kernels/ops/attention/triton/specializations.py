@@ -1,65 +1,27 @@
-"""Every Triton kernel of attention, described as its launcher compiles it: see `gpu.specializations`."""
+"""Every Triton kernel of attention as its launcher compiles it: see `gpu.specializations`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
+from torch import Tensor
 
+from reformer_kernels.gpu.cost_model import Shape
 from reformer_kernels.gpu.presets import PRESETS
-from reformer_kernels.gpu.specializations import TRITON_TYPES, Specialization
-from reformer_kernels.gpu.tiles import Tile, padded_head_dim, tile
-from reformer_kernels.ops.attention.triton.backward import (
-    BACKWARD_INTEGERS,
-    attention_backward_keys_kernel,
-    attention_backward_queries_kernel,
-)
-from reformer_kernels.ops.attention.triton.forward import FORWARD_INTEGERS, attention_forward_kernel
-from reformer_kernels.ops.attention.triton.launch import TABLE_BLOCK, rows_a_program
-from reformer_kernels.ops.attention.triton.plan import NO_BUCKETS, head_dims, make_plan, precision
-from reformer_kernels.ops.attention.triton.rowwise import (
-    FINISH_INTEGERS,
-    ROW_INTEGERS,
-    attention_finish_kernel,
-    attention_rows_kernel,
-)
-from reformer_kernels.ops.attention.triton.tables import (
-    CURSOR_INTEGERS,
-    TABLE_INTEGERS,
-    attention_cursors_kernel,
-    attention_tables_kernel,
-)
-
-TILED = {
-    "attention_forward": attention_forward_kernel,
-    "attention_backward_queries": attention_backward_queries_kernel,
-    "attention_backward_keys": attention_backward_keys_kernel,
-}
-"""The kernels that have rows in the table of tiles."""
+from reformer_kernels.gpu.recording import Launch, recording
+from reformer_kernels.gpu.specializations import Launched, Specialization
+from reformer_kernels.gpu.tiles import Tile
+from reformer_kernels.ops.attention.triton import launch
 
 PRODUCTS = {"attention_forward": 2, "attention_backward_queries": 3, "attention_backward_keys": 4}
-"""How many matrix products a kernel computes over its pairs."""
+"""How many matrix products a kernel computes over its pairs. These kernels have tiles in the table."""
 
-LENGTH, CHUNK_LENGTH = 4096, 64
-"""The tokens and the chunk length for which kernels are described. Others have the same constants."""
+LENGTH = 4096
+"""The tokens for which kernels are described. Other lengths have the same kernels."""
 
-_ROW_TENSORS = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
-_FLOAT_TENSORS = (
-    "lse",
-    "delta",
-    "inverse_norms",
-    "key_bias",
-    "running",
-    "q_sums",
-    "k_sums",
-    "v_sums",
-    "grad_lse",
-)
-_INT_TENSORS = (
-    *("order", "starts", "key_order", "key_starts", "rank_buckets", "codes", "key_codes"),
-    *("lows", "highs", "cursors"),
-)
+_ROWS = {"q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v"}
+"""The arguments of kernels that are rows of the call's tensors."""
 
 
 def specializations(
@@ -72,80 +34,100 @@ def specializations(
     preset: str,
     rounds: int,
 ) -> list[Specialization]:
-    """The kernels for tensors of `dtype` and `head_dim`: see `gpu.specializations`.
+    """The kernels of a call's forward and backward pass: see `gpu.specializations`.
 
     With options "off" there is no padding and no dropout; with "all" there are both, and a gradient of the
-    log-sum-exp. Of several rounds, "off" takes a middle one and "all" the last one.
+    log-sum-exp. Where a kernel has a variant for the first, the middle and the last round, "off" takes the
+    most frequent one and "all" the last one.
+    """
+    shape = Shape(head_dim=head_dim, n_hashes=rounds, bits=8 * dtype.itemsize, length=LENGTH)
+    launched = launches(architecture, shape, dtype, preset, options=options, tiles=tiles)
+    listed = [one.specialization for one in launched]
+    if options == "off":
+        listed = sorted(listed, key=listed.count)
+    chosen = {}
+    for one in listed:
+        kind = {name: value for name, value in one.constexprs.items() if name not in ("FIRST", "LAST")}
+        chosen[one.name, str(kind)] = one
+    return list(chosen.values())
+
+
+def launches(
+    architecture: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    preset: str,
+    *,
+    options: str = "off",
+    tiles: Mapping[str, Tile] | None = None,
+    backward: bool = True,
+) -> list[Launched]:
+    """What the launchers launch for a forward pass and, unless `backward` is False, a backward pass.
+
+    The layout is given: hashing and sorting are other operations.
     """
     kind, everything = PRESETS[preset], options == "all"
-    rounds = kind.rounds(rounds)
-    rule, starts = kind.rule(LENGTH, CHUNK_LENGTH), kind.buckets(LENGTH, CHUNK_LENGTH) + 2
-    plan = make_plan(rule, rounds, LENGTH, LENGTH, starts, separate=kind.keys == "apart")
-    norm = rule.key_norm if kind.keys == "shared" else 0
-    pointers = {
-        **dict.fromkeys(_ROW_TENSORS, "*" + TRITON_TYPES[dtype]),
-        **dict.fromkeys(_FLOAT_TENSORS, "*fp32"),
-        **dict.fromkeys(_INT_TENSORS, "*i32"),
-        "seed": "*i64",
-    }
-    sizes = {**head_dims(head_dim, head_dim), "ALIGN": 16 // dtype.itemsize}
-    flags = {"NORM": norm, "HAS_BIAS": everything}
+    B, H, L, D = 1, shape.heads, shape.length, shape.head_dim
+    rounds, rule = kind.rounds(shape.n_hashes), kind.rule(L, shape.chunk_length)
 
-    def specialization(kernel: Any, name: str, integers: tuple[str, ...], chosen: Tile | None, **values: Any):  # type: ignore[no-untyped-def]
-        names = [name for name in kernel.arg_names if name not in values]
-        types = dict.fromkeys(integers, "i32") | dict.fromkeys(("scale", "keep_scale"), "fp32") | pointers
-        return Specialization(
-            kernel=kernel,
-            name=name,
-            signature={name: types[name] for name in names},
-            constexprs=values,
-            tile=chosen,
-            architecture=architecture,
-            dtype=dtype,
-            head_dim=head_dim,
-            options=options,
-            preset=preset,
-            rounds=rounds,
-            products=PRODUCTS.get(name, 0),
-            divisible=tuple(name for name in names if name in pointers),
-            multiplies=chosen is not None and (dtype != torch.float32 or values["PRECISION"] == "tf32"),
-            gathers=any(name in _ROW_TENSORS for name in names),
-        )
+    def empty(*sizes: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
 
-    listed = []
-    for name, kernel in TILED.items():
-        chosen = tiles.get(name) or tile(
-            name, architecture=architecture, bits=8 * dtype.itemsize, head_dim=head_dim
-        )
-        place: dict[str, bool] = {"FIRST": rounds == 1}
-        integers: tuple[str, ...] = BACKWARD_INTEGERS
-        if kernel is attention_forward_kernel:
-            place["LAST"] = rounds == 1 or everything
-            integers = FORWARD_INTEGERS
-        constants = {
-            **plan.constants(chosen),
-            "DROPOUT": everything,
-            "PRECISION": precision(dtype),
-            "DIMS": min(chosen.dims, padded_head_dim(head_dim)),
-        }
-        listed.append(specialization(kernel, name, integers, chosen, **place, **constants, **flags, **sizes))
-    block = rows_a_program(head_dim)
-    codes = {"CODES": rule.correct_duplicates and plan.meets_again, "BLOCK": TABLE_BLOCK}
-    if plan.separate:
-        for keys in (False, True):
-            cursors = {"KEYS": keys, "CAUSAL": rule.causal, "BUCKETS": rule.bucket_mask, **codes}
-            name = f"attention_cursors_of_{'keys' if keys else 'queries'}"
-            listed.append(specialization(attention_cursors_kernel, name, CURSOR_INTEGERS, None, **cursors))
-    elif plan.buckets != NO_BUCKETS or codes["CODES"]:
-        tables = {"RANK_WINDOW": plan.rank_window, "BUCKETS": plan.buckets != NO_BUCKETS, **codes}
-        listed.append(
-            specialization(attention_tables_kernel, "attention_tables", TABLE_INTEGERS, None, **tables)
-        )
-    rows = {"NORM": norm, "DELTA": True, "HAS_GRAD_LSE": everything, "BLOCK": block, **sizes}
-    listed.append(specialization(attention_rows_kernel, "attention_rows", ROW_INTEGERS, None, **rows))
-    finish = {"SEPARATE": plan.separate, "SHARED": kind.keys == "shared", "BLOCK": block}
-    finish |= {"EXCLUDE_SELF": rule.exclude_self, **flags, **sizes}
-    listed.append(
-        specialization(attention_finish_kernel, "attention_finish", FINISH_INTEGERS, None, **finish)
+    def rows() -> Tensor:
+        return empty(B, H, L, D, dtype=dtype)
+
+    order = empty(B, H, rounds, L, dtype=torch.int32)
+    starts = empty(B, H, rounds, kind.buckets(L, shape.chunk_length) + 2, dtype=torch.int32)
+    apart = kind.keys == "apart"
+    inputs = launch.Inputs(
+        q=rows(),
+        k=None if kind.keys == "shared" else rows(),
+        v=rows(),
+        order=order,
+        starts=starts,
+        key_bias=empty(B, L, dtype=torch.float32) if everything else None,
+        seed=empty(1, dtype=torch.int64) if everything else None,
+        key_order=torch.empty_like(order) if apart else None,
+        key_starts=torch.empty_like(starts) if apart else None,
     )
-    return listed
+    config = kind.sized(L, shape.chunk_length)
+    scale = config.logit_scale(D, shared_qk=kind.keys == "shared")
+    dropout_p = 0.1 if everything else 0.0
+    out, lse = rows(), empty(B, H, L, dtype=torch.float32)
+    with recording(architecture, tiles) as recorded:
+        launch.forward(inputs, rule, scale, dropout_p, out, lse)
+        if backward:
+            grad_lse = torch.empty_like(lse) if everything else None
+            grad_k = None if kind.keys == "shared" else rows()
+            launch.backward(
+                rows(), grad_lse, out, lse, inputs, rule, scale, dropout_p, rows(), grad_k, rows()
+            )
+    return [
+        Launched(_specialization(one, architecture, shape, dtype, options, preset, rounds), one.programs)
+        for one in recorded
+    ]
+
+
+def _specialization(
+    recorded: Launch,
+    architecture: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    options: str,
+    preset: str,
+    rounds: int,
+) -> Specialization:
+    products = PRODUCTS.get(recorded.name, 0)
+    tensor_cores = dtype != torch.float32 or recorded.arguments.get("PRECISION") == "tf32"
+    return recorded.specialization(
+        architecture=architecture,
+        dtype=dtype,
+        head_dim=shape.head_dim,
+        options=options,
+        preset=preset,
+        rounds=rounds,
+        tile_names=("M", "N", "DIMS") if products else (),
+        multiplies=products > 0 and tensor_cores,
+        gathers=bool(_ROWS & set(recorded.kernel.arg_names)),
+        products=products,
+    )
