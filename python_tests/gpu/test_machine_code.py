@@ -39,7 +39,7 @@ def requests() -> list[Request]:
 
 @pytest.fixture(scope="module")
 def compiled() -> list[Inspected]:
-    return list(itertools.chain(*machine_code.inspect_all(requests(), processes=2)))
+    return list(itertools.chain(*machine_code.in_processes(machine_code.inspect, requests(), processes=2)))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -54,12 +55,14 @@ class Cost:
         cache_bytes: what all warps load from and store to the second-level cache or memory. Loads of less
             than 8 bytes are left out: they are indices, of which many threads load the same.
         cycles: the least cycles of a multiprocessor for all warps of the block, by what is busy.
+        kinds: the instructions by name, without modifiers, most frequent first.
     """
 
     instructions: float
     pairs: float
     cache_bytes: float
     cycles: dict[str, float]
+    kinds: dict[str, float]
 
     @property
     def bound(self) -> str:
@@ -135,7 +138,16 @@ def count(
         weighted = [(code[i], weight) for i, weight in weights.items()]
         cycles = _cycles(weighted, machine) | {"tensor": done / machine.tensor_operations}
         moved = sum(weight * _row_bytes(instruction.name) for instruction, weight in weighted)
-        return Cost(sum(weights.values()), pairs, moved * machine.warps * machine.lanes, cycles)
+        kinds: Counter[str] = Counter()
+        for instruction, weight in weighted:
+            kinds[instruction.kind] += weight  # type: ignore[assignment]
+        return Cost(
+            instructions=sum(weights.values()),
+            pairs=pairs,
+            cache_bytes=moved * machine.warps * machine.lanes,
+            cycles=cycles,
+            kinds=dict(kinds.most_common()),
+        )
 
     if not steady:
         return IssueCount(None, cost(rest, 1 if products else 0))

@@ -9,17 +9,21 @@ the same facts into its assembly.
 
 from __future__ import annotations
 
+import json
 import re
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from reformer_kernels._backend import interpreted
+from reformer_kernels._files import write_atomically
 from reformer_kernels.gpu import tiles
 from reformer_kernels.gpu.architectures import CHIPS, KIB, PARTITIONS, Chip
 from reformer_kernels.gpu.disassembly import (
@@ -35,6 +39,8 @@ from reformer_kernels.gpu.instruction_issue import TENSOR_CORE, IssueCount, Mach
 from reformer_kernels.gpu.specializations import OPERATIONS, ROUNDS, Specialization, all_specializations
 
 Value = TypeVar("Value", int, str)
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
 
 SMALL_SHARED_BYTES = 99 * KIB
 """The shared memory that a block may use on compute capability 8.6, 8.9 and 12.x, which run sm_80's tiles."""
@@ -110,6 +116,8 @@ class Request:
     tiles: Mapping[str, tiles.Tile] = field(default_factory=dict)
     kernels: tuple[str, ...] = ()
     """The names of the kernels to keep; all of them where it is empty."""
+    dump: Path | None = None
+    """The folder that `read` writes to."""
 
 
 @dataclass(frozen=True)
@@ -134,19 +142,39 @@ def unavailable() -> str | None:
     return None
 
 
-def read(specialization: Specialization) -> MachineCode:
+def read(specialization: Specialization, dump: Path | None = None) -> MachineCode:
     """Compiles one kernel for its architecture and reads the binary, which takes a second or so.
 
+    dump: a folder that gets the kernel's PTX, its machine code and a JSON file of what was counted in it.
     Raises RuntimeError where Triton cannot compile anything here, or cannot compile this kernel.
     """
     reason = unavailable()
     if reason is not None:
         raise RuntimeError(f"{specialization} cannot be compiled: {reason}")
-    return _machine_code(specialization, compile_kernel(specialization))
+    compiled = compile_kernel(specialization)
+    listing = disassemble(compiled)
+    code = _machine_code(specialization, compiled, listing)
+    if dump is not None:
+        _dump(dump, specialization, compiled, listing, code)
+    return code
 
 
-def _machine_code(specialization: Specialization, compiled: Any) -> MachineCode:
-    chip, listing = CHIPS[specialization.architecture], disassemble(compiled)
+def _dump(
+    folder: Path, specialization: Specialization, compiled: Any, listing: Listing, code: MachineCode
+) -> None:
+    parts = (code.kernel, code.preset, code.architecture, code.dtype, f"D{code.head_dim}", code.options)
+    # Kernels that differ in constants alone, such as those of the first and last round, get a number of them.
+    constants = str(sorted((name, str(value)) for name, value in specialization.constexprs.items()))
+    stem = "-".join([*filter(None, parts), f"{zlib.crc32(constants.encode()):08x}"])
+    if "ptx" in compiled.asm:
+        write_atomically(folder / f"{stem}.ptx", compiled.asm["ptx"])
+    write_atomically(folder / f"{stem}.{'sass' if 'cubin' in compiled.asm else 'amdgcn'}", listing.text)
+    counted = code.to_json() | {"constants": {n: str(v) for n, v in specialization.constexprs.items()}}
+    write_atomically(folder / f"{stem}.json", json.dumps(counted, indent=1) + "\n")
+
+
+def _machine_code(specialization: Specialization, compiled: Any, listing: Listing) -> MachineCode:
+    chip = CHIPS[specialization.architecture]
     names = [instruction.name for instruction in listing.instructions]
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     blocks, limit = resident_blocks(
@@ -217,18 +245,18 @@ def inspect(request: Request) -> list[Inspected]:
     ):
         if request.kernels and specialization.name not in request.kernels:
             continue
-        code = read(specialization)
+        code = read(specialization, request.dump)
         inspected.append(Inspected(code, faults(code, specialization)))
     return inspected
 
 
-def inspect_all(requests: Sequence[Request], processes: int) -> Iterator[list[Inspected]]:
-    """`inspect` of each request in turn, in `processes` fresh processes (in this one if it is 1)."""
-    if processes == 1 or len(requests) < 2:
-        yield from map(inspect, requests)
+def in_processes(work: Callable[[Asked], Answer], asked: Sequence[Asked], processes: int) -> Iterator[Answer]:
+    """`work` on each of `asked` in turn, in `processes` fresh processes (in this one if it is 1)."""
+    if processes == 1 or len(asked) < 2:
+        yield from map(work, asked)
         return
-    with ProcessPoolExecutor(min(processes, len(requests)), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(inspect, requests)
+    with ProcessPoolExecutor(min(processes, len(asked)), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(work, asked)
 
 
 def resident_blocks(
