@@ -98,6 +98,7 @@ def specialize(
         head_dim=tile.dims,
         options="off",
         divisible=changes.pop("divisible", ("q", "k", "v", "order", "out", "stride")),
+        scatters=changes.pop("scatters", False),
     )
 
 
@@ -131,6 +132,15 @@ def test_a_kernel_without_tensor_cores_is_caught() -> None:
 
 def test_narrow_loads_are_caught() -> None:
     assert "has no 16-byte load, found {2:" in judge(specialize(GOOD, divisible=()))
+
+
+def test_narrow_stores_are_caught() -> None:
+    for divisible, fault in (
+        (("q", "k", "v", "order", "out", "stride"), ""),
+        (("q", "k", "v", "order"), "stores rows"),
+    ):
+        faults = judge(specialize(GOOD, divisible=divisible, scatters=True))
+        assert ("stores rows less than 16 bytes at a time, found {4:" in faults) == bool(fault)
 
 
 def test_a_spill_that_grows_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

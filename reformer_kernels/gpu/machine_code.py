@@ -46,6 +46,14 @@ SMALL_SHARED_BYTES = 99 * KIB
 """The shared memory that a block may use on compute capability 8.6, 8.9 and 12.x, which run sm_80's tiles."""
 
 
+NARROW_STORES = 0.25
+"""The bytes that a kernel which stores rows may store narrowly beside each byte of wide stores: it also
+stores one number a row, such as the log-sum-exp."""
+
+WARP_STORE_BYTES = 512
+"""What a warp stores at once where it stores rows: 16 bytes a thread on NVIDIA, 8 on AMD."""
+
+
 @dataclass(frozen=True)
 class MachineCode:
     """One compiled kernel.
@@ -294,8 +302,8 @@ def may_spill(bits: int, head_dim: int) -> bool:
 
 
 def faults(code: MachineCode, specialization: Specialization) -> list[str]:
-    """What is wrong with the code: spills, products without tensor cores, narrow loads of rows, too much
-    shared memory.
+    """What is wrong with the code: spills, products without tensor cores, narrow loads or stores of rows, too
+    much shared memory.
 
     16-bit types with a head dimension up to 128 must not spill at all, others no more than the table of tiles
     records (nothing where it records nothing).
@@ -318,6 +326,13 @@ def faults(code: MachineCode, specialization: Specialization) -> list[str]:
         reasons.append(f"has no 16-byte load, found {code.loads}")
     elif specialization.gathers and bits == 16 and code.loads.get(2):
         reasons.append(f"loads single elements, found {code.loads}")
+    least = WARP_STORE_BYTES // chip.lanes
+    narrow, wide = (
+        sum(width * count for width, count in code.stores.items() if (width >= least) == is_wide)
+        for is_wide in (False, True)
+    )
+    if specialization.scatters and narrow > NARROW_STORES * wide:
+        reasons.append(f"stores rows less than {least} bytes at a time, found {code.stores}")
     most = SMALL_SHARED_BYTES if code.architecture == "sm_80" else chip.block_bytes
     if code.shared_bytes > most:
         reasons.append(f"takes {code.shared_bytes} bytes of shared memory, a block may have {most}")

@@ -71,6 +71,7 @@ class Specialization:
         products: how many matrix products with D terms it computes for each pair of a row and a key (or of a
             row and a rotation's column); 0 for a kernel that goes through no pairs.
         gathers: whether it loads rows of the tensors, 16 bytes at a time.
+        scatters: whether it stores such rows, or float32 sums of them, 16 bytes at a time.
 
     Raises ValueError unless signature and constexprs name each argument of the kernel once.
     """
@@ -87,6 +88,7 @@ class Specialization:
     divisible: tuple[str, ...] = ()
     multiplies: bool = True
     gathers: bool = True
+    scatters: bool = False
     products: int = 0
     preset: str | None = None
     rounds: int = 1

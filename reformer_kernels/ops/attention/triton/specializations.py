@@ -23,6 +23,9 @@ LENGTH = 4096
 _ROWS = {"q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v"}
 """The arguments of kernels that are rows of the call's tensors."""
 
+_STORED = {"running", "q_sums", "k_sums", "v_sums", "grad_q", "grad_k", "grad_v"}
+"""The arguments that are rows which a kernel stores."""
+
 
 def specializations(
     *,
@@ -129,5 +132,6 @@ def _specialization(
         tile_names=("M", "N", "DIMS") if products else (),
         multiplies=products > 0 and tensor_cores,
         gathers=bool(_ROWS & set(recorded.kernel.arg_names)),
+        scatters=bool(_STORED & set(recorded.kernel.arg_names)),
         products=products,
     )
