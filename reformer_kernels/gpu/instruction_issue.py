@@ -82,6 +82,22 @@ class IssueCount:
         """What pairs are charged for: a step of the loop, or the whole tile where there is no loop."""
         return self.step or self.outside
 
+    def program(self, steps: float) -> Cost:
+        """What a program costs that carries out so many steps of the loop."""
+        if self.step is None:
+            return self.outside
+        inside, outside = self.step, self.outside
+        return Cost(
+            instructions=outside.instructions + steps * inside.instructions,
+            pairs=outside.pairs + steps * inside.pairs,
+            cache_bytes=outside.cache_bytes + steps * inside.cache_bytes,
+            cycles={name: count + steps * inside.cycles[name] for name, count in outside.cycles.items()},
+            kinds={
+                name: outside.kinds.get(name, 0) + steps * inside.kinds.get(name, 0)
+                for name in dict.fromkeys((*inside.kinds, *outside.kinds))
+            },
+        )
+
     def cycles_per_pair(self, name: str) -> float | None:
         """Cycles of one resource (such as "issue") for a pair and multiprocessor; None without pairs."""
         return self.steady.cycles[name] / self.steady.pairs if self.steady.pairs else None

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,16 +154,15 @@ def predict_pass(
         totals: dict[str, float] = {}
         for one in launches:
             code = read(one.specialization)
-            steps = _steps(code, shape, preset, programs)
-            inside, outside = code.issue.step, code.issue.outside
-            cycles = {
-                resource: count + (steps * inside.cycles[resource] if inside else 0.0)
-                for resource, count in outside.cycles.items()
-            }
+            tiles = 1.0
+            if preset is not None and code.tile is not None:
+                rows = shape.rows * PRESETS[preset].rounds(shape.n_hashes)
+                tiles = rows / programs / code.tile.rows
+            cost = code.issue.program(tiles * steps_of_a_tile(code, shape, preset))
             rounds = -(-one.programs // chip.multiprocessors)
-            seconds += rounds * max(cycles.values()) / chip.clock
-            moved += one.programs * (outside.cache_bytes + (steps * inside.cache_bytes if inside else 0.0))
-            for resource, count in cycles.items():
+            seconds += rounds * max(cost.cycles.values()) / chip.clock
+            moved += one.programs * cost.cache_bytes
+            for resource, count in cost.cycles.items():
                 totals[resource] = totals.get(resource, 0.0) + one.programs * count
         kernels.append(
             KernelTime(
@@ -179,17 +179,15 @@ def predict_pass(
     return PassTime(name, tuple(kernels), memory.bytes / chip.rates.copy, len(launched))
 
 
-def _steps(code: MachineCode, shape: Shape, preset: str | None, programs: int) -> float:
-    """The mean number of steps of the steady loop in a program."""
+def steps_of_a_tile(code: MachineCode, shape: Shape, preset: str | None) -> float:
+    """The mean number of steps of the steady loop for one tile of rows; preset None is for hashing."""
     issue, tile = code.issue, code.tile
     if issue.step is None or tile is None:
         return 0.0
     if preset is None:  # hashing walks the columns of the rotations
         return -(-cost_model.rotation_columns(shape) // tile.keys)
-    rows = shape.rows * PRESETS[preset].rounds(shape.n_hashes) / programs
-    tiles = rows / tile.rows
     first, keys = issue.outside.pairs / tile.rows, issue.step.pairs / tile.rows
-    return tiles * reach.steps(
+    return reach.steps(
         preset, shape.length, shape.chunk_length, rows=tile.rows, first=int(first), keys=int(keys)
     )
 
@@ -216,7 +214,7 @@ class Prediction:
         passes: "hash", "sort" (where tokens are hashed), "attention_forward", "attention_backward".
         crossings: by name of a dense kernel and share of the perfect rate of issue, the shortest length from
             which on the whole call, forward and backward, is ahead of it; None where there is none up to
-            `LONGEST`. Empty where there are no published rates for the architecture.
+            `LONGEST`. Empty where there are no published rates: they are for causal attention on an H100.
         kernels: the machine code that the times come from.
     """
 
@@ -252,16 +250,15 @@ def answer(question: Question) -> Prediction:
     def passes(shape: Shape) -> list[PassTime]:
         return predict_call(shape, question.dtype, question.preset, question.architecture, read)
 
+    comparable = question.architecture == FLASH_ARCHITECTURE and question.dtype != torch.float32
+    comparable = comparable and PRESETS[question.preset].config.causal
     crossings = {}
-    for name, rate in FLASH_RATES.items():
-        if question.architecture != FLASH_ARCHITECTURE or question.dtype == torch.float32:
-            continue
-        for share in SHARES:
-            crossings[name, share] = crossing(
-                lambda shape, share=share: sum(one.device_seconds(share) for one in passes(shape)),  # type: ignore[misc]
-                lambda shape, rate=rate: flash_seconds(shape, rate),  # type: ignore[misc]
-                question.shape,
-            )
+    for name, share in itertools.product(FLASH_RATES if comparable else (), SHARES):
+        crossings[name, share] = crossing(
+            lambda shape: sum(one.device_seconds(share) for one in passes(shape)),  # noqa: B023
+            lambda shape: flash_seconds(shape, FLASH_RATES[name]),  # noqa: B023
+            question.shape,
+        )
     return Prediction(question, tuple(passes(question.shape)), crossings, tuple(kernels.values()))
 
 
