@@ -33,9 +33,9 @@ def attention(arguments: Arguments) -> tuple[Tensor, Tensor]:
     """out_i = sum_j p_ij v_j and lse_i, with p = softmax over the instances j that the rule lets i see.
 
     s_ij = scale * q_i . k_j + key_bias_j - log N_ij, lse_i = log sum_j exp(s_ij), p_ij = exp(s_ij - lse_i).
-    Where the rule corrects duplicates, i sees j in the lowest of the rounds that let it and in no other; on a
-    ring, which may meet a key twice in a round, it sees j in all of them and N_ij is how often. Elsewhere N_ij
-    is 1. Dropout acts on p.
+    Where the rule corrects duplicates, i sees j in the lowest of the rounds that let it and in no other; on
+    ring, which may meet a key twice in a round, it sees j in all of them and N_ij is how often. Else N_ij
+    N_ij is 1. Dropout acts on p.
 
     Takes `Arguments`, with key_bias in float64 where q is. Where keys are sorted apart from the queries, a
     query's range lies around its cursor, see `_cursors`; the rule then has a rank window, no ring and no
