@@ -63,6 +63,7 @@ class KernelTime:
         multiprocessor_seconds: the time of what is busiest in the multiprocessors, at perfect issue.
         cache_seconds: the time of the rows' bytes through the second-level cache.
         busiest: what is busiest. cycles: those of each resource, over all programs.
+        instructions: the instructions that all warps carry out.
     """
 
     kernel: str
@@ -72,6 +73,7 @@ class KernelTime:
     cache_seconds: float
     busiest: str
     cycles: dict[str, float]
+    instructions: float
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def predict_pass(
     kernels = []
     for kernel, launches in groups.items():
         programs = sum(one.programs for one in launches)
-        seconds = moved = 0.0
+        seconds = moved = instructions = 0.0
         totals: dict[str, float] = {}
         for one in launches:
             code = read(one.specialization)
@@ -162,6 +164,7 @@ def predict_pass(
             rounds = -(-one.programs // chip.multiprocessors)
             seconds += rounds * max(cost.cycles.values()) / chip.clock
             moved += one.programs * cost.cache_bytes
+            instructions += one.programs * code.warps * cost.instructions
             for resource, count in cost.cycles.items():
                 totals[resource] = totals.get(resource, 0.0) + one.programs * count
         kernels.append(
@@ -173,6 +176,7 @@ def predict_pass(
                 cache_seconds=moved / chip.cache_rate,
                 busiest=max(totals, key=lambda resource: totals[resource]),
                 cycles=totals,
+                instructions=instructions,
             )
         )
     memory = cost_model.floor(name, shape, chip.rates)
