@@ -13,8 +13,8 @@ A pass takes its launches one after the other, or as long as its bytes take thro
 `LAUNCH_SECONDS` for each launch. That is the time under CUDA graphs. Launched one by one, it takes at least
 `HOST_SECONDS` a launch.
 
-`share` is the share of the perfect rate of issue that kernels reach. 1 is a bound that none reaches; half of
-it is what well-made kernels have been seen to reach.
+`share` is the share of the perfect rate of issue that kernels reach. 1 is a bound that none reaches; 0.5 is
+an assumption, which only a GPU can confirm. So are `LAUNCH_SECONDS` and `HOST_SECONDS`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from reformer_kernels.gpu.presets import PRESETS
 from reformer_kernels.gpu.specializations import MODULES, Launched, Specialization
 
 LAUNCH_SECONDS = 2e-6
-"""About what a kernel that waits for the one before adds to a CUDA graph."""
+"""What a kernel that waits for the one before adds to a CUDA graph: assumed."""
 
 HOST_SECONDS = 30e-6
-"""About what the host takes for an eager launch of a Triton kernel with dozens of arguments."""
+"""What the host takes for an eager launch of a Triton kernel with dozens of arguments: assumed."""
 
 SORT_LAUNCHES = 4
 """Launches of the CUDA sort by one digit. It is no Triton kernel, so that its bytes alone are counted."""
