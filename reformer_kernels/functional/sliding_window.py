@@ -52,7 +52,14 @@ def sliding_window_attention(
     mask = check_padding(key_padding_mask, q)
     check_dropout(dropout_p)
     call = self_attention_call(
-        config, q, shared_qk=False, mask=mask, dropout_p=dropout_p, seed=seed, backend=backend
+        config,
+        q,
+        shared_qk=False,
+        by_position=True,
+        mask=mask,
+        dropout_p=dropout_p,
+        seed=seed,
+        backend=backend,
     )
     rule = call.rule._replace(
         rank_window=True, window_before=window - 1, window_after=0 if causal else window - 1

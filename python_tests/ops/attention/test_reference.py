@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from python_tests import oracle
+from bench.fuzz import oracle
 from python_tests.helpers import (
     assert_close,
     gradients,
@@ -459,3 +459,20 @@ def test_wrong_layout_values_are_refused() -> None:
         starts[..., place] = value
         with pytest.raises(ValueError, match="rise from 0 to 8"):
             F.attend(qk, v, Layout(layout.order, starts), config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bias", [-1e9, torch.finfo(torch.float32).min])
+def test_rows_that_see_only_keys_with_a_large_bias(dtype: torch.dtype, bias: float) -> None:
+    """Such masks stand for padding elsewhere; beside them the logs of sums and counts vanish."""
+    q, k, v = (x.requires_grad_() for x in qkv(1, 2, 12, 4, dtype=dtype))
+    config = LSHConfig(n_hashes=3, chunk_length=4, attend_across_buckets=True, scale=0.0)
+    layout = F.lsh_layout(q, config, seed=0)
+    options = {"k": k, "backend": "reference", "return_lse": True}
+    plain = F.attend(q, v, layout, config, **options)
+    biased = F.attend(
+        q, v, layout, config, key_padding_mask=torch.full((1, 12), bias, dtype=dtype), **options
+    )
+    assert_close(biased[0], plain[0], 1e-6)
+    for ours, theirs in zip(gradients(biased, (q, k, v)), gradients(plain, (q, k, v)), strict=True):
+        assert_close(ours, theirs, 1e-6)
