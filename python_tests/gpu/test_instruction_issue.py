@@ -129,6 +129,9 @@ def test_sizes_of_tcgen05_products() -> None:
     issue = count(code, machine, products=1, depth=32, tile_pairs=4096, rounds=1, descriptors=[68158608] * 2)
     assert issue.outside.cycles["tensor"] == 2 * 2 * 64 * 64 * 16 / 8192
     assert tcgen05_descriptors(ptx.replace("mov.b32", "add.s32")) == []
+    # Without the sizes, the tensor cores are charged for what the tile's pairs need.
+    unsized = count(code, machine, products=1, depth=32, tile_pairs=4096, rounds=1)
+    assert unsized.outside.cycles == issue.outside.cycles
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])

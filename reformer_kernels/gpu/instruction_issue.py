@@ -140,6 +140,7 @@ def count(
     """
     outside, loops = loops_of(code)
     operations = _operations(code, machine, descriptors)
+    unsized = any(not size for size in operations.values())
     steady = _steady(code, loops) if products else []
     inside: dict[int, float] = {}
     for loop in steady:
@@ -151,6 +152,8 @@ def count(
         # Rounded down: the warps of a small tile carry out some products twice.
         steps = int(done / (2.0 * depth * products * tile_pairs)) if products else 0
         pairs = float(max(steps, least_steps) * tile_pairs)
+        if unsized:  # what the pairs need, where the code does not say what it does
+            done = 2.0 * depth * products * pairs
         weighted = [(code[i], weight) for i, weight in weights.items()]
         cycles = _cycles(weighted, machine) | {"tensor": done / machine.tensor_operations}
         moved = sum(weight * _row_bytes(instruction.name) for instruction, weight in weighted)

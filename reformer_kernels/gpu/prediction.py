@@ -13,8 +13,8 @@ A pass takes its launches one after the other, or as long as its bytes take thro
 `LAUNCH_SECONDS` for each launch. That is the time under CUDA graphs. Launched one by one, it takes at least
 `HOST_SECONDS` a launch.
 
-`share` is the share of the perfect rate of issue that kernels reach. 1 is a bound that none reaches; half of
-it is what well-made kernels have been seen to reach.
+`share` is the share of the perfect rate of issue that kernels reach. 1 is a bound that none reaches; 0.5 is
+an assumption, which only a GPU can confirm. So are `LAUNCH_SECONDS` and `HOST_SECONDS`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from reformer_kernels.gpu.presets import PRESETS
 from reformer_kernels.gpu.specializations import MODULES, Launched, Specialization
 
 LAUNCH_SECONDS = 2e-6
-"""About what a kernel that waits for the one before adds to a CUDA graph."""
+"""What a kernel that waits for the one before adds to a CUDA graph: assumed."""
 
 HOST_SECONDS = 30e-6
-"""About what the host takes for an eager launch of a Triton kernel with dozens of arguments."""
+"""What the host takes for an eager launch of a Triton kernel with dozens of arguments: assumed."""
 
 SORT_LAUNCHES = 4
 """Launches of the CUDA sort by one digit. It is no Triton kernel, so that its bytes alone are counted."""
@@ -63,6 +63,7 @@ class KernelTime:
         multiprocessor_seconds: the time of what is busiest in the multiprocessors, at perfect issue.
         cache_seconds: the time of the rows' bytes through the second-level cache.
         busiest: what is busiest. cycles: those of each resource, over all programs.
+        instructions: the instructions that all warps carry out.
     """
 
     kernel: str
@@ -72,6 +73,7 @@ class KernelTime:
     cache_seconds: float
     busiest: str
     cycles: dict[str, float]
+    instructions: float
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def predict_pass(
     kernels = []
     for kernel, launches in groups.items():
         programs = sum(one.programs for one in launches)
-        seconds = moved = 0.0
+        seconds = moved = instructions = 0.0
         totals: dict[str, float] = {}
         for one in launches:
             code = read(one.specialization)
@@ -162,6 +164,7 @@ def predict_pass(
             rounds = -(-one.programs // chip.multiprocessors)
             seconds += rounds * max(cost.cycles.values()) / chip.clock
             moved += one.programs * cost.cache_bytes
+            instructions += one.programs * code.warps * cost.instructions
             for resource, count in cost.cycles.items():
                 totals[resource] = totals.get(resource, 0.0) + one.programs * count
         kernels.append(
@@ -173,6 +176,7 @@ def predict_pass(
                 cache_seconds=moved / chip.cache_rate,
                 busiest=max(totals, key=lambda resource: totals[resource]),
                 cycles=totals,
+                instructions=instructions,
             )
         )
     memory = cost_model.floor(name, shape, chip.rates)

@@ -34,8 +34,8 @@ def attention(arguments: Arguments) -> tuple[Tensor, Tensor]:
 
     s_ij = scale * q_i . k_j + key_bias_j - log N_ij, lse_i = log sum_j exp(s_ij), p_ij = exp(s_ij - lse_i).
     Where the rule corrects duplicates, i sees j in the lowest of the rounds that let it and in no other; on
-    ring, which may meet a key twice in a round, it sees j in all of them and N_ij is how often. Else N_ij
-    N_ij is 1. Dropout acts on p.
+    a ring, which may meet a key twice in a round, it sees j in all of them and N_ij is how often. Else N_ij
+    is 1. Dropout acts on p.
 
     Takes `Arguments`, with key_bias in float64 where q is. Where keys are sorted apart from the queries, a
     query's range lies around its cursor, see `_cursors`; the rule then has a rank window, no ring and no
