@@ -158,7 +158,7 @@ def check_rotations(rotations: Tensor, x: Tensor, *, width: int, rounds: int | N
     if rotations.device.type != "cpu" and rotations.device != x.device:
         raise ValueError(
             f"rotations must be on the CPU or on {x.device}, got {rotations.device}; draw them with "
-            "sample_rotations, which draws on the CPU"
+            "sample_rotations(..., device=x.device)"
         )
     heads, dim = x.shape[1], x.shape[3]
     wanted = f"({heads} or 1, {dim}, {'R' if rounds is None else rounds}, {width})"

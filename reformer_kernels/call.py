@@ -24,7 +24,6 @@ class AttentionCall(NamedTuple):
         factors: the bucket factors; empty where they are automatic.
         span: tokens for which automatic factors make two buckets.
         key_length: how many keys there are, from which automatic factors come. Symbolic under torch.compile.
-        rotation_width: columns of the rotations.
         rule: the pair rule.
         scale: the factor of the logits.
         mask: the checked key padding mask (B, keys), bool or a float bias; or None.
@@ -39,7 +38,6 @@ class AttentionCall(NamedTuple):
     factors: tuple[int, ...]
     span: int
     key_length: int
-    rotation_width: int
     rule: AttentionRule
     scale: float
     mask: Tensor | None
@@ -145,12 +143,11 @@ def _call(
         factors=config.bucket_factors or (),
         span=span,
         key_length=key_length,
-        rotation_width=config.rotation_width,
         rule=rule,
         scale=scale,
         mask=mask,
         dropout_p=float(dropout_p),
-        seed=resolve_seed(seed) if dropout_p > 0 or (draws_rotations and hashed) else None,
+        seed=resolve_seed(seed, q.device) if dropout_p > 0 or (draws_rotations and hashed) else None,
     )
 
 

@@ -67,14 +67,15 @@ def attention_calls(n: dict[str, int]) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 def other_calls(n: dict[str, int]) -> Iterator[tuple[str, tuple[Any, ...]]]:
     B, H, L, D, R, C = (n[name] for name in "BHLDRC")
-    yield "sample_rotations", (torch.tensor(0), H, D, R, C)
     for kind in ("native", "triton"):
+        yield f"{kind}_sample_rotations", (torch.tensor(0), H, D, R, C)
         for factors, span, length in (([4], 0, None), ([], 4, None), ([], 4, 0), ([], 0, 0)):
             x, rotations = floats(B, H, L, D), floats(H, D, R, 8)
             yield (
                 f"{kind}_lsh_hash",
                 (x, rotations, factors, span, torch.zeros(B, L, dtype=torch.bool), length),
             )
+            yield f"{kind}_lsh_hash", (x, None, factors, span, None, length, torch.tensor(0), R)
         for norm in ("none", "layer", "rms"):
             stream = floats(B, L, C)
             step = (stream, floats(B, L, C), 1, None, None, torch.float32, norm, None, None, 1e-5)

@@ -296,9 +296,9 @@ def places(draw: st.DrawFn, cross: bool) -> Places:
 
 @dataclass(frozen=True, kw_only=True)
 class Rotations:
-    """A call of `sample_rotations`, or of its operator."""
+    """A call of `sample_rotations`, or of one of its operators."""
 
-    operator: bool = False
+    function: str = "sample_rotations"
     config: LSHConfig = field(default_factory=LSHConfig)
     heads: int = 1
     head_dim: int = 4
@@ -312,10 +312,9 @@ def check_rotations(case: Rotations) -> None:
     width, signed = config.rotation_width, case.seed - 2**64 * (case.seed >= 2**63)
     drawn = F.sample_rotations(config, case.heads, case.head_dim, case.seed, shared_heads=case.shared)
     torch.randn(1)
-    if case.operator:
-        again = torch.ops.reformer_kernels.sample_rotations(
-            torch.tensor(signed), heads, case.head_dim, config.n_hashes, width
-        )
+    if case.function != "sample_rotations":
+        operator = getattr(torch.ops.reformer_kernels, case.function)
+        again = operator(torch.tensor(signed), heads, case.head_dim, config.n_hashes, width)
     else:
         again = F.sample_rotations(
             config, case.heads, case.head_dim, torch.tensor([signed]), shared_heads=case.shared
@@ -331,9 +330,9 @@ def check_rotations(case: Rotations) -> None:
 
 
 @st.composite
-def rotations(draw: st.DrawFn, operator: bool) -> Rotations:
+def rotations(draw: st.DrawFn, function: str) -> Rotations:
     return Rotations(
-        operator=operator,
+        function=function,
         config=draw(configurations()),
         heads=draw(st.integers(1, 4)),
         head_dim=draw(head_dims),

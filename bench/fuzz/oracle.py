@@ -172,6 +172,9 @@ def pair_weights(
             for x in (instances if len(places) == 2 else cross_instances)(*places, rule, i)
             if not pad[x.key] and not (rule.causal and x.key > i) and not (rule.exclude_self and x.key == i)
         ]
+        if rule.correct_duplicates and not rule.ring:  # the first round that meets a key counts it
+            first = {x.key: x for x in reversed(met)}
+            met = [x for x in met if first[x.key] is x]
         count = Counter(x.key for x in met)
         for x in met:
             weight = 1 / count[x.key] if rule.correct_duplicates else 1.0

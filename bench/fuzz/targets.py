@@ -51,7 +51,12 @@ TARGETS = {
         Target("bucket_sort", hashing.sorts("bucket_sort"), hashing.check_sort, ("bucket_sort",)),
         Target("lsh_layout", hashing.places(False), hashing.check_places, ("lsh_layout",)),
         Target("lsh_cross_layout", hashing.places(True), hashing.check_places, ("lsh_cross_layout",)),
-        Target("sample_rotations", hashing.rotations(False), hashing.check_rotations, ("sample_rotations",)),
+        Target(
+            "sample_rotations",
+            hashing.rotations("sample_rotations"),
+            hashing.check_rotations,
+            ("sample_rotations",),
+        ),
         Target(
             "chunked_feed_forward",
             chunked.feed_forwards(False),
@@ -72,11 +77,9 @@ TARGETS = {
             Target(name, hashing.residuals(name), hashing.check_residual, (name,))
             for name in ("native_residual_step", "triton_residual_step")
         ),
-        Target(
-            "operator_sample_rotations",
-            hashing.rotations(True),
-            hashing.check_rotations,
-            ("operator sample_rotations",),
+        *(
+            Target(name, hashing.rotations(name), hashing.check_rotations, (name,))
+            for name in ("sample_rotations", "native_sample_rotations", "triton_sample_rotations")
         ),
         Target(
             "operator_chunked_feed_forward",

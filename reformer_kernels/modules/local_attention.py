@@ -135,7 +135,7 @@ class LocalSelfAttention(AttentionLayer):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, seed: Seed) -> Tensor:
         dropout_p = self.dropout_p
         if seed is None and dropout_p > 0.0:
-            seed = resolve_seed(None)
+            seed = resolve_seed(None, q.device)
         return functional.local_attention(
             q,
             k,

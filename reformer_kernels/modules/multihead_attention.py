@@ -361,7 +361,7 @@ class MultiheadAttention(TorchMultiheadAttention):
         config = self._configs[causal]
         extra_keys = self.bias_k is not None or self.add_zero_attn
         dropout_p = self.dropout if self.training else 0.0
-        seed = resolve_seed(None) if self.training else self.seed
+        seed = resolve_seed(None, q.device) if self.training else self.seed
         hashed = (q,) if k is None else (q, k)
         common: dict[str, Any] = {"seed": seed, "key_padding_mask": key_padding_mask, "backend": self.backend}
         attend: Any = functional.lsh_attention if k is None else functional.lsh_cross_attention

@@ -379,6 +379,21 @@ def test_dropout_is_inverted_per_round_and_reproducible() -> None:
     assert torch.equal(F.attend(qk, v, layout, config, dropout_p=0.0, seed=0), plain)
 
 
+def test_a_pair_met_in_several_rounds_has_the_dropout_of_the_first() -> None:
+    """Where every round is the same, all but the first could be left out, also under dropout."""
+    rule = self_attention_rule(LSHConfig.paper(chunk_length=4, bucket_factors=(4,)), 30)
+    q, _, v = qkv(1, 2, 30, 4)
+    once = random_layout(1, 2, 1, 30, 4, seed=1)
+    often = Layout(once.order.expand(-1, -1, 3, -1), once.bucket_starts.expand(-1, -1, 3, -1))
+    seed = torch.tensor(5)
+    results = [
+        reference_attention(q, None, v, layout.order, layout.bucket_starts, None, seed, rule, 1, 0.5)
+        for layout in (once, often)
+    ]
+    for one, several in zip(*results, strict=True):
+        assert_close(several, one, 1e-12)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_blocks_of_queries_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIGS[name]

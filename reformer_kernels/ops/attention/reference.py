@@ -33,7 +33,9 @@ def attention(arguments: Arguments) -> tuple[Tensor, Tensor]:
     """out_i = sum_j p_ij v_j and lse_i, with p = softmax over the instances j that the rule lets i see.
 
     s_ij = scale * q_i . k_j + key_bias_j - log N_ij, lse_i = log sum_j exp(s_ij), p_ij = exp(s_ij - lse_i).
-    N_ij is how often i sees j over all rounds if the rule corrects duplicates, else 1. Dropout acts on p.
+    Where the rule corrects duplicates, i sees j in the lowest of the rounds that let it and in no other; on
+    a ring, which may meet a key twice in a round, it sees j in all of them and N_ij is how often. Else N_ij
+    is 1. Dropout acts on p.
 
     Takes `Arguments`, with key_bias in float64 where q is. Where keys are sorted apart from the queries, a
     query's range lies around its cursor, see `_cursors`; the rule then has a rank window, no ring and no
@@ -136,6 +138,12 @@ def _attend_block(
         key_bias = _look_up(bias[:, None].expand(B, H, L_k), j)
         visible = visible & (key_bias != float("-inf"))
 
+    asking = round_.repeat_interleave(widest_range(rule, L_k))  # [R*W]
+    if rule.correct_duplicates and not rule.ring:
+        seen_in = torch.where(visible, asking, R)
+        first = torch.full((B, H, n, L_k), R, device=q.device).scatter_reduce(-1, j, seen_in, "amin")
+        visible = visible & (asking == first.gather(-1, j))
+
     keys, values = _look_up_rows(k, j, visible), _look_up_rows(v, j, visible)
     logits = scale * torch.einsum("bhnd,bhnwd->bhnw", q[:, :, queries], keys)  # [B, H, n, R*W]
     if bias is not None:
@@ -147,7 +155,7 @@ def _attend_block(
     # before the exponentials are taken.
     largest = logits.detach().amax(-1)
     exponentials = (logits - largest[..., None]).exp()
-    if rule.correct_duplicates:
+    if rule.correct_duplicates and rule.ring:
         met = torch.zeros((B, H, n, L_k), dtype=torch.int64, device=q.device)
         met = met.scatter_add(-1, j, visible.long()).gather(-1, j)
         exponentials = exponentials / met.clamp_min(1)
@@ -157,7 +165,6 @@ def _attend_block(
     if dropout_p > 0:
         assert seed is not None
         head = torch.arange(B * H, device=q.device).view(B, H, 1, 1)
-        asking = round_[:, None].expand(R, widest_range(rule, L_k)).flatten()
         slot = (place // L_k) * (4 * -(-L_k // 4)) + place % L_k
         asking_rank = query_rank.repeat_interleave(widest_range(rule, L_k), dim=-1)
         kept = _random.keep(seed.to(q.device), head, asking, asking_rank, slot, dropout_p)
