@@ -309,7 +309,7 @@ def _eager(context: Context, call: Call) -> Row:
 
 def training_steps(context: Context) -> Iterator[Row]:
     """A whole training step of a language model at two depths: time, and peak memory, which hardly grows."""
-    length = context.pick(16384, 24)
+    length = context.pick(16384, 12)
     peaks: dict[int, int] = {}
 
     def check(layers: int) -> Row:

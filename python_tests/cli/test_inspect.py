@@ -122,6 +122,7 @@ def test_wrong_arguments(arguments: list[str], message: str) -> None:
         ("D=512", "--shape D must be at most 256, got 512"),
         ("L=99999999999999", "--shape L must be at most"),
         ("hashes=65", "--shape hashes must be at most 64, got 65"),
+        ("chunk=10000000000", "--shape chunk must be at most"),
     ],
 )
 def test_wrong_shapes(shape: str, message: str) -> None:

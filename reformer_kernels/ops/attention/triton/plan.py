@@ -16,6 +16,10 @@ NO_BUCKETS, INSIDE_BUCKET, COMPARE_BUCKETS = range(3)
 """How kernels keep a query inside its bucket: not at all; by cutting its range to the bucket; or by comparing
 the buckets of each pair, where the ring comes back to the query's own round."""
 
+NO_DUPLICATES, FIRST_MEETING, ALL_MEETINGS = range(3)
+"""How kernels count a pair that several rounds meet: in each; in the first; or in each, divided by how often,
+where a ring may meet it twice in a round."""
+
 MAX_RING = 2**30
 """The most slots of a ring, which kernels count in 32 bits."""
 
@@ -61,7 +65,7 @@ class Plan:
 
         Where keys are sorted apart, kernels use `before` to compare codes alone, and those reach one less.
         """
-        names = ("L", "LK", "R", "S", "slots", "after", "chunk_length", "chunks", "wraps")
+        names = ("L", "LK", "S", "slots", "after", "chunk_length", "chunks", "wraps")
         return {name: getattr(self, name) for name in names} | {"before": self.before - self.separate}
 
     def constants(self, tile: Tile) -> dict[str, Any]:
@@ -78,10 +82,18 @@ class Plan:
             "UNIFORM": uniform,
             "CAUSAL": rule.causal,
             "EXCLUDE_SELF": rule.exclude_self,
-            "DUPLICATES": rule.correct_duplicates and self.meets_again,
+            "DUPLICATES": self.duplicates,
+            "R": self.R,
             "M": tile.rows,
             "N": tile.keys,
         }
+
+    @property
+    def duplicates(self) -> int:
+        """NO_DUPLICATES, FIRST_MEETING or ALL_MEETINGS."""
+        if not (self.rule.correct_duplicates and self.meets_again):
+            return NO_DUPLICATES
+        return ALL_MEETINGS if self.rule.ring else FIRST_MEETING
 
     @property
     def meets_again(self) -> bool:
@@ -108,6 +120,8 @@ def make_plan(rule: AttentionRule, R: int, L: int, LK: int, S: int, *, separate:
     ring = ring and not inside
     if rule.rank_window:
         before, after = min(rule.window_before, LK), min(rule.window_after, LK)
+        if separate and rule.causal and inside:
+            after = 0  # the keys of a bucket from the cursor on are later
     elif ring:
         before, after = rule.chunks_before, rule.chunks_after
     else:
