@@ -24,7 +24,7 @@ from reformer_kernels.call import self_attention_rule
 from reformer_kernels.config import LSHConfig
 from reformer_kernels.functional.hashing import layout_by_position
 from reformer_kernels.layout import Layout
-from reformer_kernels.ops.decode.op import decode_step
+from reformer_kernels.ops.decode.op import Decoding
 from reformer_kernels.ops.decode.reference import Step, precision_of
 from reformer_kernels.ops.sort.op import bucket_sort
 from reformer_kernels.rule import normalise_keys
@@ -51,6 +51,7 @@ class _Cache:
         # The rule of sequences longer than a chunk: `_window` treats shorter rows on their own.
         self.rule = self_attention_rule(config, max(max_length, config.chunk_length + 1), shared_qk=shared_qk)
         self.started = False
+        self.decoding = Decoding()
         self.keys = self.values = self.lengths = torch.empty(0)
 
     def start(self, k: Tensor, v: Tensor) -> None:
@@ -82,7 +83,7 @@ class _Cache:
             self.config.logit_scale(q.shape[3], shared_qk=self.shared_qk),
             **options,
         )
-        return decode_step(step, resolve_backend(self.backend, q.device, q.dtype))
+        return self.decoding.step(step, resolve_backend(self.backend, q.device, q.dtype))
 
     def select(self, rows: Tensor) -> None:
         """Continue with these rows, in this order; a row may be given several times."""

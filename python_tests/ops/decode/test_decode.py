@@ -118,9 +118,29 @@ def test_threads_change_no_bit_and_wrong_tensors_are_refused() -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-    cache.keys = cache.keys[..., :8]
-    with pytest.raises(ValueError, match="q must have shape"):
+    whole, cache.keys = cache.keys, cache.keys[..., :8]
+    with pytest.raises(ValueError, match="keys must be contiguous"):
         cache.step(*token)
+    cache.keys = whole
+    with pytest.raises(ValueError, match="q must have shape"):
+        cache.step(token[0], token[1][..., :8], token[2])
+    with pytest.raises(TypeError, match="v must be"):
+        cache.step(token[0], token[1], token[2].bfloat16())
+
+
+def test_a_copy_of_a_cache_goes_its_own_way() -> None:
+    """The kernel's kept parameters point to the tensors of one cache alone."""
+    qk = normal(2, H, CAPACITY, 8).float()
+    ours, _ = lsh_caches(RULES["paper"], qk, qk, qk)
+    token = qk[:, :, :1]
+    ours.step(token, token, token)
+    theirs = copy.deepcopy(ours)
+    expected = ours.step(token, token, 2 * token)
+    assert theirs.lengths.tolist() == [4, 18] and ours.lengths.tolist() == [5, 19]
+    assert torch.equal(theirs.step(token, token, 2 * token), expected)
+    ours.select(torch.tensor([1, 1, 0]))
+    out = ours.step(*(token[[1, 1, 0]],) * 3)
+    assert torch.equal(out[0], out[1]) and ours.lengths.tolist() == [20, 20, 6]
 
 
 def test_a_query_key_that_is_not_finite_goes_to_bucket_0() -> None:

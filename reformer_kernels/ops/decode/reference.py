@@ -57,6 +57,11 @@ class Step(NamedTuple):
     recent_buckets: Tensor | None = None
     recent_count: int = 0
 
+    def cache_tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors that stay the same from one step of a cache to the next."""
+        order = (self.rotations, self.buckets, self.order, self.starts, self.recent, self.recent_buckets)
+        return (self.keys, self.values, self.lengths, *order)
+
 
 def decode_step(step: Step, ids: Tensor | None) -> Tensor:
     """Append the new tokens to the cache and attend from them, (B, H, 1, D_v) in q's dtype.
