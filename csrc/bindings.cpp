@@ -138,6 +138,16 @@ PYBIND11_MODULE(_C, m) {
       .field("head_stride", &Rows::head_stride)
       .field("row_stride", &Rows::row_stride);
 
+  Fields<RotationParams>(m, "RotationParams")
+      .field("heads", &RotationParams::heads)
+      .field("D", &RotationParams::D)
+      .field("R", &RotationParams::R)
+      .field("width", &RotationParams::width)
+      .field("seed", &RotationParams::seed)
+      .field("out", &RotationParams::out)
+      .field("threads", &RotationParams::threads);
+  m.def("sample_rotations", &sample_rotations, kNoGil);
+
   Fields<HashParams>(m, "HashParams")
       .field("B", &HashParams::B)
       .field("H", &HashParams::H)
@@ -149,6 +159,7 @@ PYBIND11_MODULE(_C, m) {
       .field("rotations", &HashParams::rotations)
       .field("rotation_heads", &HashParams::rotation_heads)
       .field("rotation_width", &HashParams::rotation_width)
+      .field("seed", &HashParams::seed)
       .field("factors", &HashParams::factors)
       .field("n_factors", &HashParams::n_factors)
       .field("padding", &HashParams::padding)

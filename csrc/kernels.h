@@ -31,16 +31,29 @@ struct Rows {
   int64_t batch_stride = 0, head_stride = 0, row_stride = 0;
 };
 
+// Random rotations, out (heads, D, R, width): numbers of mean 0, variance 1 and nearly normal distribution.
+// Each depends on the seed and on its place (head, dimension, round, column) alone, so that it is the same
+// however many are drawn.
+struct RotationParams {
+  int64_t heads = 0, D = 0, R = 0, width = 0;
+  uint64_t seed = 0;
+  float* out = nullptr;
+  int32_t threads = 1;
+};
+void sample_rotations(const RotationParams& params);
+
 // buckets (B, H, R, L) = argmax([xR; -xR]) for x (B, H, L, D) and rotations of shape
 // (rotation_heads, D, R, rotation_width), where rotation_heads is 1 or H. `factors` are the even factors of
 // the number of buckets. Each takes the next factor / 2 of a round's rotation_width columns; columns that are
-// left over are not read.
+// left over are not read. Where `rotations` is null, those that sample_rotations draws from `seed` for H
+// heads are meant.
 struct HashParams {
   int64_t B = 0, H = 0, L = 0, D = 0, R = 0;
   DType dtype = DType::kFloat32;
   Rows x;
   const float* rotations = nullptr;
-  int64_t rotation_heads = 0, rotation_width = 0;
+  int64_t rotation_heads = 0, rotation_width = 0;  // not read where rotations are drawn
+  uint64_t seed = 0;
   const int32_t* factors = nullptr;
   int32_t n_factors = 0;
   const uint8_t* padding = nullptr;  // (B, L), non-zero: the extra last bucket; may be null

@@ -133,6 +133,11 @@ def pointer(
     return tensor.data_ptr()
 
 
+def seed_of(seed: torch.Tensor) -> int:
+    """The 64 bits of an int64 tensor of one element on the CPU, as the kernels take a seed."""
+    return int(seed) & (2**64 - 1)
+
+
 def rows(tensor: torch.Tensor, name: str, *, shape: Sequence[int], dtypes: Sequence[torch.dtype]) -> Any:
     """A (B, H, L, D) tensor with a contiguous last dimension, as the kernels' `Rows`."""
     address = pointer(tensor, name, shape=shape, dtypes=dtypes, rows=True)

@@ -5,6 +5,7 @@
 // kColumns at a time, and each token keeps only its running maximum and minimum, so no [L, n_buckets] array
 // exists. A dot product is one chain of additions over d = 0, 1, ..., wherever the token lies in the block or
 // the batch, so a token's bucket depends only on its own row.
+#include "rotations.h"
 #include "simd/elements.h"
 #include "variants.h"
 
@@ -22,6 +23,7 @@ constexpr int kTokens = kVectors * kLanes;
 int64_t groups_of(int32_t factor) { return (factor / 2 + kColumns - 1) / kColumns; }
 
 struct Plan {
+  int64_t heads = 0, columns = 0;         // of the rotations that are read
   int64_t groups = 0;                     // groups of columns in one round
   int32_t buckets = 1;                    // without the one for padding
   int64_t group_size = 0, head_size = 0;  // in floats
@@ -30,7 +32,9 @@ struct Plan {
 
 Plan plan_of(const HashParams& p) {
   Plan plan;
+  plan.heads = p.rotations ? p.rotation_heads : p.H;
   for (int32_t f = 0; f < p.n_factors; ++f) {
+    plan.columns += p.factors[f] / 2;
     plan.groups += groups_of(p.factors[f]);
     plan.buckets *= p.factors[f];
   }
@@ -40,11 +44,18 @@ Plan plan_of(const HashParams& p) {
   return plan;
 }
 
-// Packs the rotations of one head and round.
-void pack_round(const HashParams& p, const Plan& plan, int64_t head, int64_t round, float* packed) {
+// Packs the rotations of one head and round. `drawn` is scratch for D rows of the plan's columns.
+void pack_round(const HashParams& p, const Plan& plan, int64_t head, int64_t round, float* drawn,
+                float* packed) {
   float* out = packed + head * plan.head_size + round * plan.groups * plan.group_size;
-  const float* in = p.rotations + (head * p.D * p.R + round) * p.rotation_width;
-  const int64_t in_stride = p.R * p.rotation_width;
+  const float* in = drawn;
+  int64_t in_stride = plan.columns;
+  if (p.rotations) {
+    in = p.rotations + (head * p.D * p.R + round) * p.rotation_width;
+    in_stride = p.R * p.rotation_width;
+  } else {
+    draw_rotations(p.seed, head, 0, p.D, round, 1, plan.columns, drawn);
+  }
   for (int32_t f = 0; f < p.n_factors; ++f) {
     const int64_t half = p.factors[f] / 2;
     for (int64_t first = 0; first < half; first += kColumns, out += plan.group_size) {
@@ -160,23 +171,30 @@ void hash_all(const HashParams& p) {
   const Plan plan = plan_of(p);
   const int64_t blocks = p.B * p.H * plan.blocks;
   const auto threads = static_cast<int32_t>(min_of<int64_t>(p.threads, blocks));
-  const int64_t rotations_size = round_up(p.rotation_heads * plan.head_size, 16);
+  const int64_t rotations_size = round_up(plan.heads * plan.head_size, 16);
   const int64_t panel_size = round_up(p.D * kTokens, 16), staging_size = round_up(p.D, kLanes) * kLanes;
-  const int64_t total = rotations_size + threads * (panel_size + staging_size);
+  const int64_t drawn_size = p.rotations ? 0 : round_up(p.D * plan.columns, 16);
+  const int64_t thread_size = max_of(drawn_size, panel_size + staging_size);  // first one, then the other
+  const int64_t total = rotations_size + threads * thread_size;
   auto* scratch = static_cast<float*>(allocate_scratch(sizeof(float) * static_cast<size_t>(total)));
-
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < p.rotation_heads * p.R; ++i) pack_round(p, plan, i / p.R, i % p.R, scratch);
 
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
   for (int32_t thread = 0; thread < threads; ++thread) {
-    float* panel = scratch + rotations_size + thread * (panel_size + staging_size);
+    const int64_t rounds = plan.heads * p.R;
+    float* drawn = scratch + rotations_size + thread * thread_size;
+    for (int64_t i = rounds * thread / threads; i < rounds * (thread + 1) / threads; ++i)
+      pack_round(p, plan, i / p.R, i % p.R, drawn, scratch);
+  }
+
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+  for (int32_t thread = 0; thread < threads; ++thread) {
+    float* panel = scratch + rotations_size + thread * thread_size;
     for (int64_t i = blocks * thread / threads; i < blocks * (thread + 1) / threads; ++i) {
       const int64_t b = i / plan.blocks / p.H, h = i / plan.blocks % p.H, first = i % plan.blocks * kTokens;
       const int64_t rows = min_of<int64_t>(kTokens, p.L - first);
       const T* x = row_of<const T>(p.x, b, h, first);
       fill_panel(x, p.x.row_stride, rows, p.D, panel + panel_size, panel);
-      const float* packed = scratch + (p.rotation_heads == 1 ? 0 : h) * plan.head_size;
+      const float* packed = scratch + (plan.heads == 1 ? 0 : h) * plan.head_size;
       const uint8_t* padding = p.padding ? p.padding + b * p.L + first : nullptr;
       hash_block(p, plan, panel, packed, rows, padding, p.buckets + (b * p.H + h) * p.R * p.L + first);
     }

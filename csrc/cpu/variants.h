@@ -1,11 +1,11 @@
 // The kernels that are compiled once for each instruction set, and the table that dispatch.cpp calls.
 //
-// There is one source for all instruction sets: decode.cpp, hash.cpp, residual.cpp, attention/forward.cpp and
-// attention/backward.cpp are each compiled as `portable`, `avx2`, `avx512` and `avx512bf16`, in a namespace
-// of that name. What differs between them is the vector length, REFORMER_LANES, and the intrinsics in simd/.
-// So the AVX-512 code of the backward pass is attention/backward.cpp with simd/, compiled with kLanes = 16;
-// its object file is in kernels_avx512.dir of the build tree. CMakeLists.txt has each variant's compiler
-// flags, dispatch.cpp the test whether a machine can run it.
+// There is one source for all instruction sets: decode.cpp, rotations.cpp, hash.cpp, residual.cpp,
+// attention/forward.cpp and attention/backward.cpp are each compiled as `portable`, `avx2`, `avx512` and
+// `avx512bf16`, in a namespace of that name. What differs between them is the vector length, REFORMER_LANES,
+// and the intrinsics in simd/. So the AVX-512 code of the backward pass is attention/backward.cpp with simd/,
+// compiled with kLanes = 16; its object file is in kernels_avx512.dir of the build tree. CMakeLists.txt has
+// each variant's compiler flags, dispatch.cpp the test whether a machine can run it.
 //
 // To add a kernel: declare it in kernels.h, write csrc/cpu/<kernel>.cpp inside REFORMER_ISA_NAMESPACE, add
 // the file to REFORMER_KERNEL_SOURCES in CMakeLists.txt and one line to REFORMER_KERNELS below.
@@ -20,6 +20,7 @@
 
 // return type, name, parameters, arguments
 #define REFORMER_KERNELS(KERNEL)                                                                           \
+  KERNEL(void, sample_rotations, (const RotationParams& params), (params))                                 \
   KERNEL(void, lsh_hash, (const HashParams& params), (params))                                             \
   KERNEL(size_t, attention_forward_workspace_bytes, (const AttentionParams& params), (params))             \
   KERNEL(Status, attention_forward, (const AttentionParams& params), (params))                             \

@@ -87,6 +87,20 @@ def triton_hash(x: Tensor, rotations: Tensor, factors: tuple[int, ...], padding:
     return torch.ops.reformer_kernels.triton_lsh_hash(x, rotations, factors, 0, padding)
 
 
+def rotations_equal_reference() -> None:
+    """Bit for bit; and hashing with a seed is hashing with the rotations drawn from it."""
+    operators = torch.ops.reformer_kernels
+    for n, shape in enumerate([(1, 1, 1, 1), (3, 5, 2, 6), (2, 64, 4, 24), (1, 256, 3, 129)]):
+        seed = torch.tensor((-1) ** n * 0x123456789ABCDEF)
+        got = operators.triton_sample_rotations(seed, *shape)
+        assert torch.equal(got, hash_reference.sample_rotations(seed, *shape)), shape
+    x, seed = torch.randn(2, 3, 19, 5), torch.tensor(5)
+    for factors, columns in (([6, 4], 5), ([], 2)):
+        drawn = operators.triton_lsh_hash(x, None, factors, 8, None, None, seed, 2)
+        rotations = hash_reference.sample_rotations(seed, 3, 5, 2, columns)
+        assert torch.equal(drawn, operators.triton_lsh_hash(x, rotations, factors, 8, None))
+
+
 def hash_equals_reference() -> None:
     """All ids but near-ties are equal, for several lengths, sizes, strides and numbers of factors."""
     for n, ((L, D, factors), dtype) in enumerate(
@@ -321,7 +335,7 @@ def operators_keep_their_contract() -> None:
 
 
 GROUPS = {
-    "hash": (hash_equals_reference, hash_ties_and_non_finite_rows),
+    "hash": (rotations_equal_reference, hash_equals_reference, hash_ties_and_non_finite_rows),
     "attention": (
         attention_by_every_rule,
         attention_around_the_ring,

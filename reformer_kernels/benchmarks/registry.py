@@ -291,6 +291,27 @@ _ENTRIES = (
         variant_title="sizes of the model",
         package="hf",
     ),
+    Operation(
+        "transformers",
+        "Other models of transformers, with full attention and with LSH attention by hf.register_attention.",
+        {
+            "seq_lens": "2048,8192",
+            "batch": 1,
+            "heads": 8,
+            "width": 512,
+            "layers": "2",
+            "variants": "llama,bert",
+            **_HASHING,
+        },
+        huggingface.build_other_model,
+        ours=(huggingface.LSH,),
+        baselines=(huggingface.FULL,),
+        variants=huggingface.OTHER_MODELS,
+        variant_title="architectures",
+        hash_free=(huggingface.FULL,),
+        memory="resident",
+        package="hf",
+    ),
 )
 
 OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in _ENTRIES}

@@ -135,7 +135,7 @@ class LSHCache(_Cache):
         assert config.bucket_factors is not None
         super().__init__(config, max_length, max_length, True, backend)
         self.factors = config.bucket_factors
-        self.rotations = rotations[..., : sum(self.factors) // 2].contiguous()  # the columns in use
+        self.rotations = rotations
         self.buckets = self.order = self.starts = torch.empty(0)
         self.recent = self.recent_buckets = torch.empty(0)
         self.recent_count = 0

@@ -134,7 +134,7 @@ class CrossAttention(AttentionLayer):
             config,
             key_padding_mask=mask,
             dropout_p=self.dropout_p,
-            seed=resolve_seed(None) if self.training else self.seed,
+            seed=resolve_seed(None, q.device) if self.training else self.seed,
             backend=self.backend,
         )
 

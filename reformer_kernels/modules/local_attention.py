@@ -110,7 +110,7 @@ class LocalSelfAttention(AttentionLayer):
 
     def make_cache(self, max_length: int) -> LocalCache:
         """An empty cache for `decode`, for rows of up to `max_length` tokens."""
-        chunk = self.chunk_length_for(max_length)
+        chunk = min(self.chunk_length, max_length)
         config = local_attention_config(
             chunk, self.chunks_before, self.chunks_after, causal=self.causal, ring=self.ring
         )
@@ -136,12 +136,12 @@ class LocalSelfAttention(AttentionLayer):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, seed: Seed) -> Tensor:
         dropout_p = self.dropout_p
         if seed is None and dropout_p > 0.0:
-            seed = resolve_seed(None)
+            seed = resolve_seed(None, q.device)
         return functional.local_attention(
             q,
             k,
             v,
-            chunk_length=self.chunk_length_for(q.shape[2]),
+            chunk_length=self.chunk_length,
             chunks_before=self.chunks_before,
             chunks_after=self.chunks_after,
             causal=self.causal,
@@ -152,10 +152,6 @@ class LocalSelfAttention(AttentionLayer):
             seed=seed,
             backend=self.backend,
         )
-
-    def chunk_length_for(self, length: int) -> int:
-        """The number of positions in a chunk of a sequence of `length` positions."""
-        return self.chunk_length
 
     def extra_repr(self) -> str:
         parts = [

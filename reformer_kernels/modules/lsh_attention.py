@@ -120,10 +120,10 @@ class LSHSelfAttention(AttentionLayer):
         self.check_input(x)
         config = with_n_hashes(self.config, n_hashes)
         if seed is None:
-            seed = resolve_seed(None) if self.training else self.seed
+            seed = resolve_seed(None, x.device) if self.training else self.seed
         hashed, qk, v = self._project(x, positions)
         if bucket_length is not None and layout is None:
-            config, rotations = self._fixed_buckets(config, rotations, seed, bucket_length)
+            config = _with_bucket_length(config, bucket_length)
         if layout is None and (is_remembering() or hashed is not qk):
             make_layout = functools.partial(
                 functional.lsh_layout,
@@ -157,7 +157,10 @@ class LSHSelfAttention(AttentionLayer):
         The rotations are those of evaluation.
         """
         length = max_length if bucket_length is None else bucket_length
-        config, rotations = self._fixed_buckets(with_n_hashes(self.config, n_hashes), None, self.seed, length)
+        config = _with_bucket_length(with_n_hashes(self.config, n_hashes), length)
+        rotations = functional.sample_rotations(
+            config, self.num_heads, self.head_dim, self.seed, backend=self.backend
+        )
         return LSHCache(config, rotations, max_length, self.backend)
 
     @torch.no_grad()
@@ -182,14 +185,11 @@ class LSHSelfAttention(AttentionLayer):
             hashed = qk if self.rotary.hashing == "before" else hashed
         return hashed, qk, v
 
-    def _fixed_buckets(
-        self, config: LSHConfig, rotations: Tensor | None, seed: int | Tensor, bucket_length: int
-    ) -> tuple[LSHConfig, Tensor]:
-        """The configuration with the bucket factors for `bucket_length` tokens, and its rotations."""
-        if rotations is None:
-            rotations = functional.sample_rotations(config, self.num_heads, self.head_dim, seed)
-        factors = config.factors(check_positive("bucket_length", bucket_length))
-        return dataclasses.replace(config, bucket_factors=factors), rotations
-
     def extra_repr(self) -> str:
         return f"{self.describe_sizes()}, seed={self.seed}, config={self.config}"
+
+
+def _with_bucket_length(config: LSHConfig, bucket_length: int) -> LSHConfig:
+    """The configuration with the bucket factors for `bucket_length` tokens."""
+    factors = config.factors(check_positive("bucket_length", bucket_length))
+    return dataclasses.replace(config, bucket_factors=factors)

@@ -68,6 +68,8 @@ class PartRecord:
     random: RandomState | None = None
     random_digest_after: bytes | None = None
     remembered: RememberedValues | None = None
+    # Buffers that the first run changed, such as those of spectral norm, and their values before it.
+    changed_buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     # Indices of the parameters that the part reads past their owners, from a reference of its own.
     read_elsewhere: list[int] = field(default_factory=list)
 
@@ -115,7 +117,12 @@ def first_run(record: BlockRecord, streams: Streams, differentiable: bool) -> tu
                 part_record.remembered = RememberedValues()
             leaf = value.detach()
             graph = _graph_without_saved_tensors() if differentiable else contextlib.nullcontext()
-            with graph, remembering(part_record.remembered, replay=False):
+            kept = (
+                module_tensors.buffers_kept(part_record.changed_buffers)
+                if differentiable
+                else contextlib.nullcontext()
+            )
+            with kept, graph, remembering(part_record.remembered, replay=False):
                 residual, auxiliary = _call_part(
                     record, part, leaf.requires_grad_() if differentiable else leaf, streams
                 )
@@ -199,6 +206,9 @@ def _undo_part(
     part_record = record.parts[part]
     if part_record.random is not None:
         part_record.random.restore()
+    with torch.no_grad():
+        for buffer, value in part_record.changed_buffers:
+            buffer.copy_(value)
     leaf = streams.value(READ_STREAM[part]).detach().requires_grad_()
     with graph, remembering(part_record.remembered, replay=True):
         residual, auxiliary = _call_part(record, part, leaf, streams)

@@ -135,14 +135,32 @@ class ModuleTensors:
             if version(buffer) != before or isinstance(submodule, nn.modules.batchnorm._NormBase)
         ]
 
+    @contextlib.contextmanager
+    def buffers_kept(self, changed: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """A context for a part of the first run; adds each buffer that it changes, and its old value.
+
+        Copies of the others live no longer than the run.
+        """
+        before = [(buffer, version(buffer), buffer.detach().clone()) for _, _, buffer, _ in self.buffers]
+        yield
+        changed += [(buffer, value) for buffer, expected, value in before if version(buffer) != expected]
+
     def check_unchanged(self, what: str) -> None:
-        """Raises RuntimeError if a parameter was changed in place since the first run."""
+        """Raises RuntimeError if a parameter, or a buffer that the first run only read, was changed since."""
         for parameter, expected in zip(self.parameters, self.versions, strict=True):
             if version(parameter) != expected:
                 raise RuntimeError(
                     f"a parameter of {what}, shape {tuple(parameter.shape)}, was changed in place between "
                     f"the forward pass and its backward (version {version(parameter)}, expected {expected}): "
                     "call backward before the optimizer steps"
+                )
+        own = {id(buffer) for buffer in self.stateful}
+        for submodule, name, buffer, expected in self.buffers:
+            if id(buffer) not in own and version(buffer) != expected:
+                raise RuntimeError(
+                    f"buffer {name!r} of {type(submodule).__name__} in {what} was changed in place between "
+                    "the forward pass and its backward, so that recomputation would give wrong gradients: "
+                    "change it after backward, or assign a new tensor to it"
                 )
 
     def aliases(self) -> list[Tensor]:

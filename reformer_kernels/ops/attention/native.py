@@ -100,7 +100,7 @@ def _parameters(arguments: Arguments, out: Tensor, lse: Tensor) -> Any:
         scale=arguments.scale,
         dropout_threshold=min(int(arguments.dropout_p * 2**32), 2**32 - 1),
         keep_scale=1.0 / (1.0 - arguments.dropout_p),
-        seed=0 if arguments.seed is None else int(arguments.seed) & (2**64 - 1),
+        seed=0 if arguments.seed is None else _native.seed_of(arguments.seed),
         out=_native.rows(out, "out", shape=(batch, heads, length, v.size(-1)), dtypes=dtypes),
         lse=_native.pointer(lse, "lse", shape=(batch, heads, length), dtypes=(torch.float32,)),
         threads=_native.threads(),

@@ -1,4 +1,6 @@
-"""Angular hashing in plain PyTorch, written for reading: what every other back end is compared with."""
+"""Angular hashing and its rotations in plain PyTorch, written for reading: what every other back end is
+compared with.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,30 @@ import torch
 from torch import Tensor
 
 from reformer_kernels._precision import autocast_suspended
+from reformer_kernels._random import normal_numbers, philox, split_seed
+
+DIMENSION_ORIGIN = 2**31
+"""What is added to the dimension in rotations' counters. Dropout's counters, which the same seed may serve,
+have the round in that place, and so never meet them."""
+
+
+def sample_rotations(seed: Tensor, heads: int, head_dim: int, rounds: int, width: int) -> Tensor:
+    """Random rotations (heads, head_dim, rounds, width) float32 on the seed's device.
+
+    The number at (h, d, r, c) is the one that `normal_numbers` makes of word c % 4 of the Philox block with
+    key `seed` and counter (h, 2^31 + d, r, c // 4). So it depends on the seed and its place alone, and the
+    first columns are the same however many are drawn.
+    """
+    groups = -(-width // 4)
+
+    def places(n: int, dim: int) -> Tensor:
+        return torch.arange(n, device=seed.device).view([-1 if i == dim else 1 for i in range(4)])
+
+    counter = (
+        places(heads, 0), places(head_dim, 1) + DIMENSION_ORIGIN, places(rounds, 2), places(groups, 3)
+    )  # fmt: skip
+    words = torch.stack(philox(split_seed(seed), counter), dim=-1)  # [heads, head_dim, rounds, groups, 4]
+    return normal_numbers(words).flatten(3)[..., :width].contiguous()
 
 
 def lsh_hash(x: Tensor, rotations: Tensor, factors: Sequence[int], padding: Tensor | None) -> Tensor:

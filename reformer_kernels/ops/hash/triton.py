@@ -19,11 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from reformer_kernels._limits import MAX_HEAD_DIM
+from reformer_kernels.config import AUTOMATIC_ROTATION_WIDTH, automatic_factors
 from reformer_kernels.gpu.architectures import architecture_of
+from reformer_kernels.gpu.cost_model import Shape
 from reformer_kernels.gpu.dot import dot
 from reformer_kernels.gpu.launching import alignment, check_programs, check_rows, on_device, row_strides
-from reformer_kernels.gpu.specializations import TRITON_TYPES, Specialization
+from reformer_kernels.gpu.recording import recording
+from reformer_kernels.gpu.specializations import TRITON_TYPES, Launched, Specialization
 from reformer_kernels.gpu.tiles import Tile, tile
+from reformer_kernels.ops.hash import triton_rotations
 
 KERNEL = "lsh_hash"
 """What the table of tiles calls the kernel."""
@@ -33,6 +37,9 @@ FACTORS_A_LAUNCH = 4
 
 _PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 """How many bfloat16 numbers each dtype splits into."""
+
+_PRODUCTS = {1: 3, 2: 5, 3: 6}
+"""How many products of bfloat16 numbers `_product` computes, by parts."""
 
 _INTEGERS = (
     *("batch_stride", "head_stride", "row_stride", "rotation_head_stride", "rotation_stride", "width"),
@@ -183,20 +190,33 @@ def lsh_hash_kernel(  # type: ignore[no-untyped-def]
     tl.store(out, ids, valid)
 
 
-def lsh_hash(x: Tensor, rotations: Tensor, factors: Sequence[int], padding: Tensor | None) -> Tensor:
+def lsh_hash(
+    x: Tensor,
+    rotations: Tensor | None,
+    factors: Sequence[int],
+    padding: Tensor | None,
+    seed: Tensor | None,
+    rounds: int,
+) -> Tensor:
     """Bucket ids (B, H, R, L) int32. The arguments are those of `reference.lsh_hash`, checked, on one device.
+
+    Without rotations those of `rounds` rounds are drawn from the seed.
 
     Raises ValueError for rows that a kernel cannot read, a head dimension above 256 or too large a grid.
     """
     B, H, L, D = x.shape
-    R, width = rotations.shape[2:]
+    R = rounds if rotations is None else rotations.size(2)
     check_rows([("x", x)])
     buckets = torch.empty((B, H, R, L), dtype=torch.int32, device=x.device)
     if not buckets.numel():
         return buckets
     if D > MAX_HEAD_DIM:
         raise ValueError(f"x's last dimension must be in 1..{MAX_HEAD_DIM}, got {D}")
-    rotations = rotations.contiguous()
+    if rotations is None:
+        assert seed is not None
+        rotations = x.new_empty((H, D, R, sum(factors) // 2), dtype=torch.float32)
+        triton_rotations.sample_rotations(seed, rotations)
+    width = rotations.size(3)
     chosen = tile(KERNEL, architecture=architecture_of(x.device), bits=8 * x.element_size(), head_dim=D)
     programs = check_programs(B * H * R * triton.cdiv(L, chosen.rows))
     column, id_stride = 0, 1
@@ -239,12 +259,35 @@ def _tile_arguments(chosen: Tile) -> dict[str, int]:
     return {"ROWS": chosen.rows, "COLUMNS": chosen.keys, "DIMS": chosen.dims}
 
 
+def launches(architecture: str, shape: Shape, dtype: torch.dtype) -> list[Launched]:
+    """What `lsh_hash` launches for automatic buckets of tokens without padding, rotations given."""
+    x = torch.empty((1, shape.heads, shape.length, shape.head_dim), dtype=dtype, device="meta")
+    size = (shape.heads, shape.head_dim, shape.n_hashes, AUTOMATIC_ROTATION_WIDTH)
+    rotations = torch.empty(size, dtype=torch.float32, device="meta")
+    with recording(architecture) as recorded:
+        lsh_hash(x, rotations, automatic_factors(shape.length, shape.chunk_length), None, None, 0)
+    return [
+        Launched(
+            one.specialization(
+                architecture=architecture,
+                dtype=dtype,
+                head_dim=shape.head_dim,
+                options="off",
+                tile_names=("ROWS", "COLUMNS", "DIMS"),
+                products=_PRODUCTS[_PARTS[dtype]],
+            ),
+            one.programs,
+        )
+        for one in recorded
+    ]
+
+
 def specializations(
     *, architecture: str, dtype: torch.dtype, head_dim: int, options: str, tiles: Mapping[str, Tile]
 ) -> list[Specialization]:
-    """The kernel for tensors of `dtype` and `head_dim`: see `gpu.specializations`.
+    """The kernels for tensors of `dtype` and `head_dim`: see `gpu.specializations`.
 
-    With options "off" it is the only launch of a call, with "all" the last of several, with padding.
+    With options "off" the hash is the only launch of a call, with "all" the last of several, with padding.
     """
     bits = 8 * dtype.itemsize
     chosen = tiles.get(KERNEL) or tile(KERNEL, architecture=architecture, bits=bits, head_dim=head_dim)
@@ -270,5 +313,9 @@ def specializations(
             head_dim=head_dim,
             options=options,
             divisible=tuple(pointers),
-        )
+            products=_PRODUCTS[_PARTS[dtype]],
+        ),
+        triton_rotations.specialization(
+            architecture=architecture, dtype=dtype, head_dim=head_dim, options=options
+        ),
     ]

@@ -408,6 +408,6 @@ def backward(
                 HAS_BIAS=inputs.key_bias is not None,
                 EXCLUDE_SELF=rule.exclude_self,
                 **head_dims(D, DV),
-                ALIGN=alignment(q, grad_out),
+                ALIGN=alignment(q, grad_out, grad_q, grad_q if grad_k is None else grad_k, grad_v),
                 BLOCK=block,
             )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from reformer_kernels.gpu.architectures import INTERPRETER, architecture_of, cache_and_multiprocessors
 from reformer_kernels.gpu.tiles import Tile, padded_head_dim
 from reformer_kernels.rule import AttentionRule
 
@@ -162,18 +162,12 @@ def heads_together(device: torch.device, heads: int, tiles: int, bytes_a_head: i
     It is as many as stay in the last-level cache from round to round (`bytes_a_head` each), and enough to
     fill the device, which a head keeps busy with `tiles` programs.
     """
-    if device.type != "cuda":
+    if architecture_of(device) == INTERPRETER:
         return max(1, heads // 2)  # so that tests in the interpreter have groups
-    cache, processors = _cache_and_processors(device)
+    cache, processors = cache_and_multiprocessors(device)
     fitting = int(L2_SHARE * cache) // max(1, bytes_a_head)
     filling = -(-4 * processors // tiles)
     return min(heads, max(1, fitting, filling))
-
-
-@functools.cache
-def _cache_and_processors(device: torch.device) -> tuple[int, int]:
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "L2_cache_size", 40 * 2**20), properties.multi_processor_count
 
 
 def device_seed(seed: Tensor, device: torch.device) -> Tensor:
