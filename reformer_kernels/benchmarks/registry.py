@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from reformer_kernels.benchmarks import checks, huggingface, kernels, layers, models
+from reformer_kernels.benchmarks import checks, decoding, huggingface, kernels, layers, models
 from reformer_kernels.benchmarks.calls import Call
 from reformer_kernels.benchmarks.checks import Agreement, Calls
 from reformer_kernels.benchmarks.peers import FULL_ATTENTION
@@ -220,6 +220,26 @@ _ENTRIES = (
         models.build_language_model,
         ours=("reformer_kernels",),
         peers=_REFORMERS,
+    ),
+    Operation(
+        "generate",
+        "One more token of a language model: a step of cached generation, beside the model's own call.",
+        {
+            "seq_lens": "1024,32768",
+            "batch": 1,
+            "heads": 4,
+            "width": 256,
+            "layers": "6",
+            "variants": "chunks,bucket",
+            **_HASHING,
+        },
+        decoding.build_step,
+        ours=(decoding.CACHED,),
+        baselines=(decoding.WHOLE,),
+        variants=tuple(decoding.RULES),
+        variant_title="windows of the LSH layers",
+        check=decoding.check_step,
+        note="Tokens a second are the batch divided by the time of a step.",
     ),
     Operation(
         "mha",

@@ -114,8 +114,9 @@ class LocalSelfAttention(AttentionLayer):
         config = local_attention_config(
             chunk, self.chunks_before, self.chunks_after, causal=self.causal, ring=self.ring
         )
-        return LocalCache(dataclasses.replace(config, scale=self.scale), max_length)
+        return LocalCache(dataclasses.replace(config, scale=self.scale), max_length, self.backend)
 
+    @torch.no_grad()
     def decode(self, x: Tensor, cache: LocalCache, positions: Tensor | None = None) -> Tensor:
         """The results of `forward` for new tokens, added to `cache`: see `LSHSelfAttention.decode`."""
         self.check_input(x)

@@ -23,6 +23,7 @@ from reformer_kernels.reversible.recomputation import (
     AutocastState,
     ModuleTensors,
     RandomState,
+    RandomStateStore,
     random_state_preserved,
     version,
 )
@@ -84,7 +85,7 @@ class BlockRecord:
     arguments: list[Tensor]
     constants: TreeWithoutTensors  # the other arguments: (args, kwargs)
     autocast: AutocastState
-    keep_random_state: bool
+    random_states: RandomStateStore | None  # None: random numbers may differ in the second run
     keep_layouts: bool
     argument_versions: list[int] = field(init=False)
     parts: dict[Part, PartRecord] = field(init=False)
@@ -111,8 +112,8 @@ def first_run(record: BlockRecord, streams: Streams, differentiable: bool) -> tu
             value = streams.value(READ_STREAM[part])
             before = version(value)
             part_record = record.parts[part]
-            if record.keep_random_state:
-                part_record.random = RandomState([value, *record.arguments])
+            if record.random_states is not None:
+                part_record.random = RandomState([value, *record.arguments], record.random_states)
             if record.keep_layouts:
                 part_record.remembered = RememberedValues()
             leaf = value.detach()
@@ -126,7 +127,7 @@ def first_run(record: BlockRecord, streams: Streams, differentiable: bool) -> tu
                 residual, auxiliary = _call_part(
                     record, part, leaf.requires_grad_() if differentiable else leaf, streams
                 )
-            if record.keep_random_state:
+            if record.random_states is not None:
                 state = RandomState([value, *record.arguments])
                 part_record.random_digest_after = state.digest()
             if differentiable:
@@ -269,7 +270,7 @@ def _surroundings_of_first_run(record: BlockRecord, streams: Streams) -> Iterato
     aliases = record.tensors.aliases()
     random_state = (
         random_state_preserved([*streams.tensors, *record.arguments])
-        if record.keep_random_state
+        if record.random_states is not None
         else contextlib.nullcontext()
     )
     with random_state, record.tensors.replaced_by(aliases, again=True):
