@@ -68,16 +68,12 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
         )
 
     whole = points(None)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("bench.paper.training.SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr("bench.paper.training.SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
         points(5)
-    resumed = points(None)
-    for one, other in zip(whole, resumed, strict=True):
-        assert (one["step"], one["loss"], one["accuracy"]) == (
-            other["step"],
-            other["loss"],
-            other["accuracy"],
-        )
+    for one, other in zip(whole, points(None), strict=True):
+        for name in ("step", "loss", "accuracy"):
+            assert one[name] == other[name]
 
 
 def test_a_file_of_other_settings_is_refused(tmp_path: Path) -> None:

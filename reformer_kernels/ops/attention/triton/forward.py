@@ -25,8 +25,8 @@ from reformer_kernels.ops.attention.triton.visibility import (
 )
 
 LOWEST = tl.constexpr(-3.0e38)
-"""The least logit of a key that is seen, before its bias. A key that is not seen has -inf, so that a row whose
-logits all overflowed does not pass for a row that sees nothing."""
+"""The least logit of a key that is seen, before its bias. A key that is not seen has -inf, so that a row
+whose logits all overflowed does not pass for a row that sees nothing."""
 
 HARDLY_LOWEST = tl.constexpr(-2.9e38)
 """Below it lies LOWEST with any finite bias."""
