@@ -148,8 +148,8 @@ def rows(tensor: torch.Tensor, name: str, *, shape: Sequence[int], dtypes: Seque
 def prefer_huge_pages(*tensors: torch.Tensor) -> None:
     """Asks the system for huge pages for tensors that own their memory and are not written yet.
 
-    Kernels gather rows in sorted order, so with pages of 4 KiB most rows would miss the translation buffer, and
-    each page costs a fault when it is first touched.
+    Kernels gather rows in sorted order, so with pages of 4 KiB most rows would miss the translation buffer,
+    and each page costs a fault when it is first touched.
     """
     for tensor in tensors:
         storage = tensor.untyped_storage()
