@@ -301,6 +301,8 @@ PYBIND11_MODULE(_C, m) {
       .field("threads", &ResidualParams::threads);
   m.def("residual_step", &residual_step, kNoGil);
 
+  m.def("prefer_huge_pages",
+        [](uintptr_t address, size_t bytes) { prefer_huge_pages(reinterpret_cast<void*>(address), bytes); });
   m.def("active_isa", &active_isa);
   m.def("select_isa", [](const std::string& name) { return select_isa(name.c_str()); });
   m.def("compiled_isas", &compiled_isas);

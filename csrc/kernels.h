@@ -197,6 +197,10 @@ struct ResidualParams {
 };
 void residual_step(const ResidualParams& params);
 
+// Asks the system for large pages for the whole 2 MiB pages of a range that is not in use yet. A hint: where
+// the system has none, nothing changes.
+void prefer_huge_pages(void* memory, size_t bytes);
+
 // The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable".
 const char* active_isa();
 // Chooses an instruction set, or the best one for "". Returns false if the machine or the build lacks it.

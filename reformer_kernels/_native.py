@@ -21,6 +21,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 CPU = torch.device("cpu")
 
+HUGE_PAGES_FROM = 4 * 2**20
+"""Bytes from which on an array that a kernel is about to fill asks for huge pages."""
+
 _forked = False
 
 
@@ -145,6 +148,18 @@ def rows(tensor: torch.Tensor, name: str, *, shape: Sequence[int], dtypes: Seque
     return extension().Rows(
         data=address, batch_stride=batch_stride, head_stride=head_stride, row_stride=row_stride
     )
+
+
+def prefer_huge_pages(*tensors: torch.Tensor) -> None:
+    """Asks the system for huge pages for tensors that own their memory and are not written yet.
+
+    Kernels gather rows in sorted order, so with pages of 4 KiB most rows would miss the translation buffer,
+    and each page costs a fault when it is first touched.
+    """
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() >= HUGE_PAGES_FROM:
+            extension().prefer_huge_pages(storage.data_ptr(), storage.nbytes())
 
 
 def info() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Two measures of the peak memory of a call: what torch allocates, and what the system sees.
 
 `peak_allocated` counts tensors alone, exactly, in this process: what the memory of activations is about.
+The workspace that the native attention keeps for its thread's next call counts in the call that allocates it.
 `peak_of` reads the process's resident memory: the highest since just before the call, less that before it,
 less the tensors that the call returns. It sees every byte, whoever allocated it, but is exact only in a
 process of its own, started as `memory_process.py` does. On CUDA both read torch's allocator.

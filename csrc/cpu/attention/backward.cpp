@@ -23,6 +23,7 @@ struct Workspace {
   const AttentionParams& p;
   const AttentionGradients& g;
   float *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr, *delta = nullptr;  // (heads, L, ...)
+  float* along = nullptr;                                                           // (heads, L)
   uint8_t* seen = nullptr;                                                          // (heads, R, L)
   HeadTables tables;
   char* workers = nullptr;
@@ -35,7 +36,8 @@ struct Workspace {
       grad_q = arena->take<float>(plan.heads * p.L * p.D);
       grad_v = arena->take<float>(plan.heads * p.Lk * p.Dv);
     }
-    if (!kIsFloat<T> || !p.k.data) grad_k = arena->take<float>(plan.heads * p.Lk * p.D);
+    if (!kIsFloat<T> && p.k.data) grad_k = arena->take<float>(plan.heads * p.Lk * p.D);
+    if (normalises_keys(p)) along = arena->take<float>(plan.heads * p.L);
     delta = arena->take<float>(plan.heads * p.L);
     seen = arena->take<uint8_t>(plan.heads * p.R * max_of(p.L, p.Lk));
     Arena counter;
@@ -48,9 +50,15 @@ struct Workspace {
   GradientSums sums_at(const Head& head, int64_t slot) const {
     GradientSums sums;
     sums.grad_q = pick(grad_q, g.grad_q, head, slot * p.L, p.D, &sums.grad_q_stride);
-    sums.grad_k = pick(grad_k, g.grad_k, head, slot * p.Lk, p.D, &sums.grad_k_stride);
+    if (p.k.data) {
+      sums.grad_k = pick(grad_k, g.grad_k, head, slot * p.Lk, p.D, &sums.grad_k_stride);
+    } else {
+      sums.grad_k = sums.grad_q;
+      sums.grad_k_stride = sums.grad_q_stride;
+    }
     sums.grad_v = pick(grad_v, g.grad_v, head, slot * p.Lk, p.Dv, &sums.grad_v_stride);
     sums.delta = delta + slot * p.L;
+    if (along) sums.along = along + slot * p.L;
     return sums;
   }
 
@@ -78,7 +86,6 @@ Status backward(const AttentionParams& p, const AttentionGradients& g) {
   {
     Arena own{workspace.workers + static_cast<size_t>(thread_index()) * workspace.worker_bytes, 0};
     BackwardWorker<T> worker(p, g, plan, &own);
-    alignas(64) float key[kMaxHeadDim + kLanes], grad[kMaxHeadDim + kLanes];
     for (int64_t first = 0; first < p.B * p.H; first += plan.heads) {
       const int64_t heads = min_of(plan.heads, p.B * p.H - first);
 #pragma omp for schedule(dynamic, 1)
@@ -128,7 +135,7 @@ Status backward(const AttentionParams& p, const AttentionGradients& g) {
         const Head head = workspace.head_at(first, slot);
         const GradientSums sums = workspace.sums_at(head, slot);
         for (int64_t i = begin; i < min_of(begin + kRowsPerTask, rows); ++i) {
-          if (i < p.Lk) finish_key<T>(p, g, plan, head, sums, i, key, grad);
+          if (i < p.Lk) finish_key<T>(p, g, head, sums, i);
           if (i < p.L) finish_query<T>(p, g, head, sums, i);
         }
       }

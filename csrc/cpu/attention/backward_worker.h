@@ -22,6 +22,7 @@ template <typename T>
 class BackwardWorker {
   using Op = Operand<T>;
   static constexpr bool kPaired = kIsPaired<Op>;
+  static constexpr int64_t kPair = 2 * kPanel;  // the keys of two panels, which are multiplied together
 
  public:
   BackwardWorker(const AttentionParams& p, const AttentionGradients& g, const Plan& plan, Arena* arena)
@@ -32,8 +33,12 @@ class BackwardWorker {
     paired_queries_ = kPaired ? arena->take<Op>(operand_count<Op>(kTileRows) * plan.d_padded) : queries_;
     paired_grad_outs_ = kPaired ? arena->take<Op>(operand_count<Op>(kTileRows) * plan.dv_padded) : grad_outs_;
     grad_queries_ = arena->take<float>(kTileRows * plan.d_padded);
-    probabilities_ = arena->take<float>(kTileRows * kPanel);
-    grad_probabilities_ = arena->take<float>(kTileRows * kPanel);
+    products_ = arena->take<float>(kGroupRows * kPair);
+    grad_products_ = arena->take<float>(kGroupRows * kPair);
+    for (PackedPanel& packed : packed_) {
+      packed.probabilities = arena->take<float>(kTileRows * kPanel);
+      packed.grad_logits = arena->take<float>(kTileRows * kPanel);
+    }
     grad_logits_ = arena->take<Op>(kTileRows * logits_stride());
     met_panels_ = arena->take<int64_t>(kTileGroups * plan.block_panels);
     pieces_ = arena->take<Piece<Op>>(max_of<int64_t>(plan.block_panels, kTileGroups));
@@ -47,10 +52,7 @@ class BackwardWorker {
   void run_segment(const Head& head, const GradientSums& sums, int64_t round, int64_t segment, Part part) {
     const bool crossing = part == Part::kCrossing;
     panels_.enter(head, round, crossing);
-    panels_.grad_k_rows = sums.grad_k;
-    panels_.grad_v_rows = sums.grad_v;
-    panels_.grad_k_stride = sums.grad_k_stride;
-    panels_.grad_v_stride = sums.grad_v_stride;
+    panels_.sums = sums;
     Ranks ranks = backward_segment(p_, plan_, head, round, segment);
     for (; ranks.first < ranks.last; ranks.first += kTileRows) {
       make_tile(p_, plan_, head, round, ranks, &tile_);
@@ -97,7 +99,10 @@ class BackwardWorker {
     if (factors_) dropout_.write_factors(head, tile_, panels_, from, to, factors_, stride_);
     for (int group = 0; group < tile_.groups; ++group) met_count_[group] = 0;
     prefetched_ = 0;
-    for (int64_t panel = from; panel < to; ++panel) differentiate_panel(head, sums, panel, from, to);
+    for (int64_t panel = from, next; panel < to; panel = next) {
+      next = min_of(to, (panel | 1) + 1);
+      differentiate_panels(head, sums, panel, next, from, to);
+    }
     for (int group = 0; group < tile_.groups; ++group) {
       if (met_count_[group] == 0) continue;
       const int row = group * kGroupRows;
@@ -129,56 +134,72 @@ class BackwardWorker {
     }
   }
 
-  // Differentiates one panel: first the probabilities and the gradients of logits for each group of rows that
-  // meets it, packed one group after the other, then dv and dk of its keys.
-  void differentiate_panel(const Head& head, const GradientSums& sums, int64_t panel, int64_t from,
-                           int64_t to) {
-    const Panel& keys = panels_.panel(panel);
-    const Piece<Op> keys_t{panels_.keys_t(panel), operand_count<Op>(p_.D)};
-    const Piece<Op> values_t{panels_.values_t(panel), operand_count<Op>(p_.Dv)};
-    const int32_t* codes = code_rounds(p_, tile_.round) > 0 ? panels_.codes(panel) : nullptr;
-    const int64_t rows_per_step = ceil_div(kTileRows, (to - from) * tile_.groups);
-    int64_t packed = 0;  // rows packed so far
-    int runs = 0;        // runs of neighbouring groups
+  // Differentiates panels [panel, end), one or two that lie side by side: first the probabilities and the
+  // gradients of logits for each group of rows that meets them, packed one group after the other, then dv and
+  // dk of their keys.
+  void differentiate_panels(const Head& head, const GradientSums& sums, int64_t panel, int64_t end,
+                            int64_t from, int64_t to) {
+    const int64_t rows_per_step = ceil_div(kTileRows, (to - from) * tile_.groups) * (end - panel);
+    for (PackedPanel& packed : packed_) packed.rows = packed.runs = 0;
     for (int group = 0; group < tile_.groups; ++group) {
       if (to == tile_.last_panel) prefetch(head, sums, rows_per_step);
-      if (!mask_.may_meet(tile_, group, panel, keys)) continue;
-      const int row = group * kGroupRows, rows = group_rows(tile_, group), met = met_count_[group]++;
-      met_panels_[group * plan_.block_panels + met] = panel;
+      int64_t low = panel, high = end;
+      while (low < high && !mask_.may_meet(tile_, group, low, panels_.panel(low))) ++low;
+      while (low < high && !mask_.may_meet(tile_, group, high - 1, panels_.panel(high - 1))) --high;
+      if (low == high) continue;
+      const int row = group * kGroupRows, rows = group_rows(tile_, group);
+      const int64_t width = (high - low) * kPanel;
+      const Piece<Op> keys_t{panels_.keys_t(low), operand_count<Op>(p_.D)};
+      const Piece<Op> values_t{panels_.values_t(low), operand_count<Op>(p_.Dv)};
       multiply_group<false>(rows, queries_ + row * query_stride(), query_stride(),
-                            Pieces<Op>{&keys_t, 1, kPanel}, kPanel, probabilities_ + packed * kPanel, kPanel,
+                            Pieces<Op>{&keys_t, 1, panels_.kTransposedStride}, width, products_, kPair,
                             false);
       multiply_group<false>(rows, grad_outs_ + row * value_stride(), value_stride(),
-                            Pieces<Op>{&values_t, 1, kPanel}, kPanel, grad_probabilities_ + packed * kPanel,
-                            kPanel, false);
-      Op* grad_logits = grad_logits_ + row * logits_stride() + met * operand_count<Op>(kPanel);
-      mask_.with_compare([&](auto compare) {
-        if (codes || factors_)
-          grad_logits_group<decltype(compare)::value, true>(row, rows, packed, panel, from, keys, codes,
-                                                            grad_logits);
-        else
-          grad_logits_group<decltype(compare)::value, false>(row, rows, packed, panel, from, keys, codes,
-                                                             grad_logits);
-      });
-      packed += rows;
-      if (runs > 0 && runs_[runs - 1].row + runs_[runs - 1].rows == row)
-        runs_[runs - 1].rows += rows;
-      else
-        runs_[runs++] = Run{row, rows};
+                            Pieces<Op>{&values_t, 1, panels_.kTransposedStride}, width, grad_products_, kPair,
+                            false);
+      for (int64_t met = low; met < high; ++met)
+        mask_.with_compare([&](auto compare) {
+          if (code_rounds(p_, tile_.round) > 0 || factors_)
+            grad_logits_group<decltype(compare)::value, true>(group, met, from, (met - low) * kPanel);
+          else
+            grad_logits_group<decltype(compare)::value, false>(group, met, from, (met - low) * kPanel);
+        });
     }
-    if (packed == 0) return;
-    add_product(probabilities_, paired_grad_outs_, plan_.dv_padded, runs, panels_.grad_v(panel));
-    add_product(grad_probabilities_, paired_queries_, plan_.d_padded, runs, panels_.grad_k(panel));
+    for (; panel < end; ++panel) {
+      const PackedPanel& packed = packed_[panel & 1];
+      add_product(packed, packed.probabilities, paired_grad_outs_, plan_.dv_padded, panels_.grad_v(panel));
+      add_product(packed, packed.grad_logits, paired_queries_, plan_.d_padded, panels_.grad_k(panel));
+    }
   }
 
-  // sums[key][k] += sum over the rows of the runs of packed[row][key] rows[row][k]. Only the last run may
-  // have an odd number of rows.
-  void add_product(const float* packed, const Op* rows, int64_t width, int runs, float* sums) {
-    for (int run = 0; run < runs; ++run)
-      pieces_[run] = Piece<Op>{rows + runs_[run].row / kValuesPerOperand<Op> * width,
-                               operand_count<Op>(runs_[run].rows)};
-    multiply<true>(kPanel, reinterpret_cast<const Op*>(packed), kPanel, Pieces<Op>{pieces_, runs, width},
-                   width, sums, width, true);
+  // A panel's operands for products that sum over rows, of the rows of the tile that meet it.
+  struct PackedPanel {
+    struct Run {
+      int row, rows;
+    };
+    float *probabilities = nullptr, *grad_logits = nullptr;
+    int rows = 0, runs = 0;
+    Run run[kTileGroups];  // runs of neighbouring groups
+
+    void add(int row, int count) {
+      rows += count;
+      if (runs > 0 && run[runs - 1].row + run[runs - 1].rows == row)
+        run[runs - 1].rows += count;
+      else
+        run[runs++] = Run{row, count};
+    }
+  };
+
+  // sums[key][k] += sum over the rows that were packed of operands[row][key] rows[row][k]. Only the last run
+  // may have an odd number of rows.
+  void add_product(const PackedPanel& packed, const float* operands, const Op* rows, int64_t width,
+                   float* sums) {
+    if (packed.rows == 0) return;
+    for (int i = 0; i < packed.runs; ++i)
+      pieces_[i] = Piece<Op>{rows + packed.run[i].row / kValuesPerOperand<Op> * width,
+                             operand_count<Op>(packed.run[i].rows)};
+    multiply<true>(kPanel, reinterpret_cast<const Op*>(operands), kPanel,
+                   Pieces<Op>{pieces_, packed.runs, width}, width, sums, width, true);
   }
 
   // The probabilities, after dropout, and the gradients of logits of one row and a panel.
@@ -187,32 +208,34 @@ class BackwardWorker {
   };
   static_assert(kGroupRows % 2 == 0 && kTileRows % 2 == 0);
 
-  // For rows [row, row + rows) of the tile, which are packed from row `packed` on: turns logits into
-  // probabilities and gradients of probabilities into gradients of logits, in the same memory, as operands of
-  // products that sum over rows. Gradients of logits also go to `grad_logits`, as operands of products that
-  // sum over keys.
+  // Turns a group's products with the queries and with the gradients of outputs, whose columns of `panel`
+  // begin at `column`, into probabilities and gradients of logits, and packs them as operands of products
+  // that sum over rows. Gradients of logits also go to grad_logits_, as operands of products that sum over
+  // keys.
   template <PairMask::Compare kCompare, bool kWeighted>
-  void grad_logits_group(int row, int rows, int64_t packed, int64_t panel, int64_t from, const Panel& keys,
-                         const int32_t* codes, Op* grad_logits) {
-    const bool by_position = mask_.positions_decide(tile_, row / kGroupRows, panel, keys);
+  void grad_logits_group(int group, int64_t panel, int64_t from, int64_t column) {
+    const int row = group * kGroupRows, rows = group_rows(tile_, group), met = met_count_[group]++;
+    met_panels_[group * plan_.block_panels + met] = panel;
+    Op* grad_logits = grad_logits_ + row * logits_stride() + met * operand_count<Op>(kPanel);
+    PackedPanel& packed = packed_[panel & 1];
+    const bool by_position = mask_.positions_decide(tile_, group, panel, panels_.panel(panel));
     for (int i = 0; i < rows; i += kValuesPerOperand<Op>) {
       RowGradients gradients[kValuesPerOperand<Op>];
-      const int64_t first = (packed + i) * kPanel;
       gradients[0] =
-          grad_logits_row<kCompare, kWeighted>(row + i, panel, from, keys, codes, by_position, first);
+          grad_logits_row<kCompare, kWeighted>(row + i, panel, from, by_position, i * kPair + column);
       if (kPaired && i + 1 < rows)
         gradients[kValuesPerOperand<Op> - 1] = grad_logits_row<kCompare, kWeighted>(
-            row + i + 1, panel, from, keys, codes, by_position, first + kPanel);
+            row + i + 1, panel, from, by_position, (i + 1) * kPair + column);
       for (int half = 0; half < kPanel / kLanes; ++half) {
-        const int64_t offset = first / kValuesPerOperand<Op> + half * kLanes;
+        const int64_t offset = (packed.rows + i) * kPanel / kValuesPerOperand<Op> + half * kLanes;
         if constexpr (kPaired) {
-          store_pairs(probabilities_ + offset,
+          store_pairs(packed.probabilities + offset,
                       pairs_of_rows(gradients[0].probabilities[half], gradients[1].probabilities[half]));
-          store_pairs(grad_probabilities_ + offset,
+          store_pairs(packed.grad_logits + offset,
                       pairs_of_rows(gradients[0].logits[half], gradients[1].logits[half]));
         } else {
-          store(probabilities_ + offset, gradients[0].probabilities[half]);
-          store(grad_probabilities_ + offset, gradients[0].logits[half]);
+          store(packed.probabilities + offset, gradients[0].probabilities[half]);
+          store(packed.grad_logits + offset, gradients[0].logits[half]);
           store(grad_logits + i * logits_stride() + half * kLanes, gradients[0].logits[half]);
         }
       }
@@ -220,6 +243,7 @@ class BackwardWorker {
         for (int k = 0; k < 2 && i + k < rows; ++k)
           store_neighbours(gradients[k], grad_logits + (i + k) * logits_stride());
     }
+    packed.add(row, rows);
   }
 
   static void store_neighbours(const RowGradients& row, Op* grad_logits) {
@@ -231,18 +255,19 @@ class BackwardWorker {
     }
   }
 
-  // Differentiates row i of the tile, whose logits and gradients of probabilities are at `offset`. kWeighted
+  // Differentiates row i of the tile, whose products are at `offset`. kWeighted
   // says that duplicates are corrected or that there is dropout. With paired operands the results are the
   // gradients of the products, which KeyScale::factor turned into logits.
   template <PairMask::Compare kCompare, bool kWeighted>
-  REFORMER_INLINE_MEMBER RowGradients grad_logits_row(int i, int64_t panel, int64_t from, const Panel& keys,
-                                                      const int32_t* codes, bool by_position,
+  REFORMER_INLINE_MEMBER RowGradients grad_logits_row(int i, int64_t panel, int64_t from, bool by_position,
                                                       int64_t offset) {
+    const Panel& keys = panels_.panel(panel);
+    const int32_t* codes = kWeighted && code_rounds(p_, tile_.round) > 0 ? panels_.codes(panel) : nullptr;
     RowGradients row;
 #pragma GCC unroll 2
     for (int half = 0; half < kPanel; half += kLanes) {
       vint visible = mask_.template visible<kCompare>(tile_, i, panel, keys, half, by_position);
-      vfloat s = load(probabilities_ + offset + half);
+      vfloat s = load(products_ + offset + half);
       if (kPaired) s *= load(keys.factor + half);
       if (!by_position) s += load(keys.bias + half);
       // A rounded log-sum-exp may lie below its own largest logit, far enough to overflow if that is huge.
@@ -256,7 +281,7 @@ class BackwardWorker {
         p = exp2_of(vmin(s - lse_[i], vfloat{}));
       }
       p = select(visible, p, vfloat{});
-      vfloat grad = load(grad_probabilities_ + offset + half);
+      vfloat grad = load(grad_products_ + offset + half);
       vfloat dropped = p;
       if (kWeighted && factors_) {
         const vfloat factor = load(factors_ + i * stride_ + (panel - from) * kPanel + half);
@@ -276,13 +301,10 @@ class BackwardWorker {
     for (int i = 0; i < tile_.rows; ++i) {
       const float* src = grad_queries_ + i * plan_.d_padded;
       float* dst = sums.grad_q + tile_.position[i] * sums.grad_q_stride;
-      int64_t k = 0;
-      if (tile_.round == 0) {
+      if (p_.k.data && tile_.round == 0)
         store_row(src, p_.D, kLn2, dst);
-        continue;
-      }
-      for (; k + kLanes <= p_.D; k += kLanes) store(dst + k, load(dst + k) + load(src + k) * kLn2);
-      for (; k < p_.D; ++k) dst[k] += src[k] * kLn2;
+      else  // shared query-keys may have got a gradient as keys, and begin with zeros
+        add_row(src, p_.D, kLn2, dst);
     }
   }
 
@@ -303,13 +325,11 @@ class BackwardWorker {
   Op *paired_queries_ = nullptr, *paired_grad_outs_ = nullptr;  // for products that sum over rows
   Op* grad_logits_ = nullptr;
   float* grad_queries_ = nullptr;
-  float *probabilities_ = nullptr, *grad_probabilities_ = nullptr, *factors_ = nullptr;
+  float *products_ = nullptr, *grad_products_ = nullptr;  // (kGroupRows, kPair): logits, gradients of p
+  float* factors_ = nullptr;
+  PackedPanel packed_[2];
   int64_t* met_panels_ = nullptr;  // (kTileGroups, block_panels): panels of the block that a group meets
   int met_count_[kTileGroups];
-  struct Run {
-    int row, rows;
-  };
-  Run runs_[kTileGroups];
   Piece<Op>* pieces_ = nullptr;
   int32_t* row_codes_ = nullptr;
   float lse_[kTileRows], delta_[kTileRows];

@@ -82,16 +82,14 @@ class ForwardWorker {
     for (int group = 0; group < tile_.groups; ++group) met_count_[group] = 0;
     prefetched_ = 0;
     const int64_t rows_per_step = ceil_div(kTileRows, (to - from) * tile_.groups);
-    for (int64_t panel = from; panel < to; ++panel) {
-      const Piece<Op> keys{panels_.keys_t(panel), operand_count<Op>(p_.D)};
+    for (int64_t panel = from, next; panel < to; panel = next) {
+      next = min_of(to, (panel | 1) + 1);
       for (int group = 0; group < tile_.groups; ++group) {
-        if (to == tile_.last_panel) prefetch(head, running, rows_per_step);
-        if (!mask_.may_meet(tile_, group, panel, panels_.panel(panel))) continue;
-        const int row = group * kGroupRows, met = met_count_[group]++;
-        met_panels_[group * plan_.block_panels + met] = panel;
-        multiply_group<false>(group_rows(tile_, group), queries_ + row * query_stride_, query_stride_,
-                              Pieces<Op>{&keys, 1, kPanel}, kPanel,
-                              logits_ + row * logits_stride_ + met * kPanel, logits_stride_, false);
+        if (to == tile_.last_panel) prefetch(head, running, rows_per_step * (next - panel));
+        const bool meets = mask_.may_meet(tile_, group, panel, panels_.panel(panel));
+        const bool meets_next =
+            next - panel == 2 && mask_.may_meet(tile_, group, panel + 1, panels_.panel(panel + 1));
+        if (meets || meets_next) multiply_keys(group, meets ? panel : panel + 1, meets && meets_next ? 2 : 1);
       }
     }
     for (int group = 0; group < tile_.groups; ++group) {
@@ -105,6 +103,17 @@ class ForwardWorker {
                             Pieces<Op>{pieces_, met_count_[group], plan_.dv_padded}, plan_.dv_padded,
                             out_ + row * plan_.dv_padded, plan_.dv_padded, !first);
     }
+  }
+
+  // Writes a group's logits of `count` panels, one or two that lie side by side.
+  void multiply_keys(int group, int64_t panel, int count) {
+    const Piece<Op> keys{panels_.keys_t(panel), operand_count<Op>(p_.D)};
+    const int row = group * kGroupRows, met = met_count_[group];
+    for (int k = 0; k < count; ++k) met_panels_[group * plan_.block_panels + met + k] = panel + k;
+    met_count_[group] += count;
+    multiply_group<false>(group_rows(tile_, group), queries_ + row * query_stride_, query_stride_,
+                          Pieces<Op>{&keys, 1, panels_.kTransposedStride}, count * kPanel,
+                          logits_ + row * logits_stride_ + met * kPanel, logits_stride_, false);
   }
 
   // Prefetches `rows` of the kTileRows rows that the next tile will gather. A few at a time are spread over

@@ -10,14 +10,6 @@
 namespace reformer {
 namespace REFORMER_ISA {
 
-// The gradients of one head summed in float32, by position. For float32 tensors, grad_q and grad_v are the
-// results themselves, and so is grad_k where keys were given.
-struct GradientSums {
-  float *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr;
-  int64_t grad_q_stride = 0, grad_k_stride = 0, grad_v_stride = 0;
-  float* delta = nullptr;  // (L)
-};
-
 // Computes delta_i and the norm of query i.
 template <typename T>
 static void prepare_query(const AttentionParams& p, const AttentionGradients& g, const Head& head,
@@ -38,14 +30,15 @@ static void prepare_query(const AttentionParams& p, const AttentionGradients& g,
 static void prepare_key(const AttentionParams& p, const GradientSums& sums, int64_t j) {
   memset(sums.grad_k + j * sums.grad_k_stride, 0, static_cast<size_t>(p.D) * sizeof(float));
   memset(sums.grad_v + j * sums.grad_v_stride, 0, static_cast<size_t>(p.Dv) * sizeof(float));
+  if (sums.along) sums.along[j] = 0.0f;
 }
 
-// Turns the sums of key j into the gradients of k and v; for shared query-keys, adds the key's gradient to
-// that of q instead. A query that saw only itself adds its grad_out to the gradient of its own value. Padding
-// was read as zeros, so its gradients are zero. `key` and `grad` are scratch of d_padded floats.
+// Turns the sums of key j into the gradients of k and v. For shared query-keys, the key's gradient is in that
+// of q, from which this takes the part along the key. A query that saw only itself adds its grad_out to the
+// gradient of its own value. Padding was read as zeros, so its gradients are zero.
 template <typename T>
-static void finish_key(const AttentionParams& p, const AttentionGradients& g, const Plan& plan,
-                       const Head& head, const GradientSums& sums, int64_t j, float* key, float* grad) {
+static void finish_key(const AttentionParams& p, const AttentionGradients& g, const Head& head,
+                       const GradientSums& sums, int64_t j) {
   const bool padding = is_padding(head, j);
   float* grad_k = sums.grad_k + j * sums.grad_k_stride;
   float* grad_v = sums.grad_v + j * sums.grad_v_stride;
@@ -57,21 +50,19 @@ static void finish_key(const AttentionParams& p, const AttentionGradients& g, co
     for (int64_t k = 0; k < p.Dv; ++k) grad_v[k] += to_float(grad_out[k]);
   }
   if constexpr (!kIsFloat<T>) store_row(grad_v, p.Dv, 1.0f, row_of<T>(g.grad_v, head.b, head.h, j));
-  const float inverse = head.inverse_norms ? head.inverse_norms[j] : 1.0f;
-  const float scale = kIsPaired<Operand<T>> ? KeyScale(p, inverse).gradient : p.scale * inverse;
   if (p.k.data) {
+    const float scale = kIsPaired<Operand<T>> ? KeyScale(p, 1.0f).gradient : p.scale;
     store_row(grad_k, p.D, scale, row_of<T>(g.grad_k, head.b, head.h, j));
-  } else if (!padding) {
-    float* grad_q = sums.grad_q + j * sums.grad_q_stride;
-    load_row(row_of<const T>(p.q, head.b, head.h, j), p.D, plan.d_padded, key, inverse);
-    load_row(grad_k, p.D, plan.d_padded, grad, scale);
-    vfloat lanes{};
-    for (int64_t k = 0; k < plan.d_padded; k += kLanes) lanes += load(key + k) * load(grad + k);
-    // The part of the gradient along the key drops out, unless the divisor does not depend on the key.
-    const bool constant =
-        p.rule.key_norm == KeyNorm::kNone || (p.rule.key_norm == KeyNorm::kL2 && inverse >= 1e12f);
-    const float along = constant ? 0.0f : sum_of_lanes(lanes);
-    for (int64_t k = 0; k < p.D; ++k) grad_q[k] += grad[k] - along * key[k];
+  } else if (head.inverse_norms && !padding) {
+    const float inverse = head.inverse_norms[j];
+    // A divisor that does not depend on the key leaves the gradient as it is.
+    if (p.rule.key_norm == KeyNorm::kL2 && inverse >= 1e12f) return;
+    const T* key = row_of<const T>(p.q, head.b, head.h, j);
+    const float factor = sums.along[j] * inverse;
+    int64_t k = 0;
+    for (; k + kLanes <= p.D; k += kLanes)
+      store(grad_k + k, load(grad_k + k) - load_floats(key + k) * factor);
+    for (; k < p.D; ++k) grad_k[k] -= to_float(key[k]) * factor;
   }
 }
 

@@ -29,11 +29,8 @@ class KeyPanels {
   using Op = Operand<T>;
   static constexpr bool kPaired = kIsPaired<Op>;
 
-  // The head's gradient arrays, to which gradients of keys are added: row `position` starts at
-  // position * stride. Only the backward pass sets them.
-  float* grad_k_rows = nullptr;
-  float* grad_v_rows = nullptr;
-  int64_t grad_k_stride = 0, grad_v_stride = 0;
+  // The head's sums, to which gradients of keys are added. Only the backward pass sets them.
+  GradientSums sums;
 
   KeyPanels(const AttentionParams& p, const Plan& plan, Arena* arena) : p_(p), plan_(plan) {
     const int64_t n = plan.cached_panels;
@@ -89,21 +86,24 @@ class KeyPanels {
       const int64_t position = head_.key_order[g];
       prefetch_row(row_of<const T>(p_.k.data ? p_.k : p_.q, head_.b, head_.h, position), p_.D * kBytes);
       prefetch_row(row_of<const T>(p_.v, head_.b, head_.h, position), p_.Dv * kBytes);
+      if (code_rounds_ > 0) __builtin_prefetch(head_.key_codes + position * p_.R);
     }
     if (!kBackward || end_ - begin_ < plan_.cached_panels) return;
     const int64_t position = panels_[slot(begin_ + i / kPanel)].position[i % kPanel];
     if (position < 0) return;
-    prefetch_row(grad_k_rows + position * grad_k_stride, p_.D * static_cast<int64_t>(sizeof(float)));
-    prefetch_row(grad_v_rows + position * grad_v_stride, p_.Dv * static_cast<int64_t>(sizeof(float)));
+    prefetch_row(sums.grad_k + position * sums.grad_k_stride, p_.D * static_cast<int64_t>(sizeof(float)));
+    prefetch_row(sums.grad_v + position * sums.grad_v_stride, p_.Dv * static_cast<int64_t>(sizeof(float)));
   }
 
   const Panel& panel(int64_t p) const { return panels_[slot(p)]; }
   // The operands of a panel. Those of products that sum over dimensions, keys_t and values_t, are
-  // [operands in D or Dv][kPanel]; those of products that sum over keys, keys and values, are
-  // [operands in kPanel][d_padded or dv_padded]. The forward pass has keys_t and values, the backward pass
-  // all but values.
-  const Op* keys_t(int64_t p) const { return keys_t_ + slot(p) * keys_t_size(); }
-  const Op* values_t(int64_t p) const { return values_t_ + slot(p) * values_t_size(); }
+  // [operands in D or Dv][kPanel] with rows of stride kTransposedStride: panel 2n and panel 2n + 1 lie side
+  // by side, so that they can be multiplied together. Those of products that sum over keys, keys and values,
+  // are [operands in kPanel][d_padded or dv_padded]. The forward pass has keys_t and values, the backward
+  // pass all but values.
+  static constexpr int64_t kTransposedStride = 2 * kPanel;
+  const Op* keys_t(int64_t p) const { return beside(keys_t_, keys_t_size(), p); }
+  const Op* values_t(int64_t p) const { return beside(values_t_, values_t_size(), p); }
   const Op* keys(int64_t p) const { return keys_ + slot(p) * keys_size(); }
   const Op* values(int64_t p) const { return values_ + slot(p) * values_size(); }
   const int32_t* codes(int64_t p) const { return codes_ + slot(p) * p_.R * kPanel; }  // [R][kPanel]
@@ -112,6 +112,9 @@ class KeyPanels {
 
  private:
   int64_t slot(int64_t panel) const { return panel & (plan_.cached_panels - 1); }
+  Op* beside(Op* operands, int64_t size, int64_t panel) const {
+    return operands + (slot(panel) & ~INT64_C(1)) * size + (panel & 1) * kPanel;
+  }
   int64_t key_stride() const { return plan_.d_padded / kValuesPerOperand<Op>; }
   int64_t value_stride() const { return plan_.dv_padded / kValuesPerOperand<Op>; }
   int64_t keys_t_size() const { return operand_count<Op>(p_.D) * kPanel; }
@@ -128,10 +131,13 @@ class KeyPanels {
   // Sorts the kTileRows ring positions from `block` on by their keys' positions; missing keys come last.
   void sort_block(int64_t block) {
     sorted_block_ = block;
-    for (int i = 0; i < kTileRows; ++i)
-      sorted_[i] = static_cast<uint64_t>(static_cast<uint32_t>(position_at(block + i))) << 8 |
-                   static_cast<uint64_t>(i);
-    insertion_sort(sorted_, kTileRows);
+    if (block >= (ring_ ? 0 : first_) && block + kTileRows <= (ring_ ? plan_.ring_length : last_)) {
+      sorted_.sort(head_.key_order + block);
+      return;
+    }
+    int32_t positions[kTileRows];
+    for (int i = 0; i < kTileRows; ++i) positions[i] = position_at(block + i);
+    sorted_.sort(positions);
   }
 
   // Gathers the keys and values of panel `index` and lays them out for the products.
@@ -145,11 +151,10 @@ class KeyPanels {
     const int in_block = static_cast<int>(index * kPanel - block);
     if (plan_.sorts_positions && block != sorted_block_) sort_block(block);
     for (int lane = 0; lane < kPanel; ++lane) {
-      panel.ring_offset[lane] = in_block + lane;
-      if (plan_.sorts_positions)
-        panel.ring_offset[lane] = static_cast<int32_t>(sorted_[in_block + lane] & 0xff);
+      const bool sorted = plan_.sorts_positions;
+      panel.ring_offset[lane] = sorted ? sorted_.from[in_block + lane] : in_block + lane;
       const int64_t g = block + panel.ring_offset[lane];
-      const int32_t position = position_at(g);
+      const int32_t position = sorted ? sorted_.position[in_block + lane] : position_at(g);
       const bool present = position >= 0;
       const float bias = !present ? -kInfinity : head_.key_bias ? head_.key_bias[position] : 0.0f;
       panel.position[lane] = position;
@@ -190,10 +195,10 @@ class KeyPanels {
     }
     for (int half = 0; half < kPanel; half += kLanes) {
       transpose_lanes(keys + half * key_stride(), key_stride(), operand_count<Op>(p_.D),
-                      keys_t_ + slot(index) * keys_t_size() + half, kPanel);
+                      beside(keys_t_, keys_t_size(), index) + half, kTransposedStride);
       if (kBackward)
         transpose_lanes(values + half * value_stride(), value_stride(), operand_count<Op>(p_.Dv),
-                        values_t_ + slot(index) * values_t_size() + half, kPanel);
+                        beside(values_t_, values_t_size(), index) + half, kTransposedStride);
     }
     if constexpr (kPaired && kBackward)
       pair_rows(keys, key_stride(), kPanel, keys_ + slot(index) * keys_size());
@@ -214,15 +219,32 @@ class KeyPanels {
     for (int lane = 0; lane < kPanel; ++lane) {
       if (panel.bias[lane] == -kInfinity) continue;
       const int64_t position = panel.position[lane];
-      add_row(grad_k_panel + lane * plan_.d_padded, p_.D, grad_k_rows + position * grad_k_stride);
-      add_row(grad_v_panel + lane * plan_.dv_padded, p_.Dv, grad_v_rows + position * grad_v_stride);
+      const float* grad_key = grad_k_panel + lane * plan_.d_padded;
+      float scale = 1.0f;  // of separate keys, only their sum is scaled
+      if (!p_.k.data) {
+        const float norm = head_.inverse_norms ? head_.inverse_norms[position] : 1.0f;
+        scale = kPaired ? KeyScale(p_, norm).gradient : p_.scale * norm;
+        if (sums.along) sums.along[position] += norm * along(index, lane, grad_key, scale);
+      }
+      add_row(grad_key, p_.D, scale, sums.grad_k + position * sums.grad_k_stride);
+      add_row(grad_v_panel + lane * plan_.dv_padded, p_.Dv, 1.0f,
+              sums.grad_v + position * sums.grad_v_stride);
     }
   }
 
-  static void add_row(const float* src, int64_t n, float* dst) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(dst + i, load(dst + i) + load(src + i));
-    for (; i < n; ++i) dst[i] += src[i];
+  // The product of a query-key with the gradient of its key: with the sum of the tiles, times `scale`.
+  float along(int64_t index, int lane, const float* grad_key, float scale) const {
+    alignas(64) float row[kMaxHeadDim + kLanes];
+    const float* key = row;
+    if constexpr (kPaired) {
+      const int32_t position = panels_[slot(index)].position[lane];
+      load_row(row_of<const T>(p_.q, head_.b, head_.h, position), p_.D, plan_.d_padded, row, scale);
+    } else {  // the packed row has the scale already, and log2(e)
+      key = keys(index) + lane * key_stride();
+    }
+    vfloat lanes{};
+    for (int64_t k = 0; k < plan_.d_padded; k += kLanes) lanes += load(key + k) * load(grad_key + k);
+    return sum_of_lanes(lanes) * (kPaired ? 1.0f : kLn2);
   }
 
   const AttentionParams& p_;
@@ -231,7 +253,7 @@ class KeyPanels {
   int64_t first_ = 0, last_ = 0, begin_ = 0, end_ = 0, code_rounds_ = 0;
   bool ring_ = false;
   int64_t sorted_block_ = 0;
-  uint64_t sorted_[kTileRows];  // the block packed last: position << 8 | ring_offset
+  SortedPositions sorted_;  // of the block packed last
   Panel* panels_ = nullptr;
   Op *staged_keys_ = nullptr, *staged_values_ = nullptr;
   Op *keys_t_ = nullptr, *values_t_ = nullptr, *keys_ = nullptr, *values_ = nullptr;

@@ -25,6 +25,16 @@ struct Head {
   float* inverse_norms = nullptr;       // (L); null unless query-keys are normalised
 };
 
+// The gradients of one head summed in float32, by position. For float32 tensors, grad_q and grad_v are the
+// results themselves, and so is grad_k where keys were given. For shared query-keys grad_k is grad_q: one sum
+// holds what a token gets as a query and as a key.
+struct GradientSums {
+  float *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr;
+  int64_t grad_q_stride = 0, grad_k_stride = 0, grad_v_stride = 0;
+  float* delta = nullptr;  // (L)
+  float* along = nullptr;  // (L), dk . k; null unless query-keys are normalised
+};
+
 // The tables of the heads that are worked on together. They are filled once per head, before its tiles.
 struct HeadTables {
   int32_t *cursors = nullptr, *codes = nullptr, *key_codes = nullptr;
@@ -34,7 +44,7 @@ struct HeadTables {
     if (p.rule.correct_duplicates) codes = arena->take<int32_t>(plan.heads * p.L * p.R);
     if (plan.separate) cursors = arena->take<int32_t>(plan.heads * p.L * p.R);
     if (plan.separate && p.rule.correct_duplicates) key_codes = arena->take<int32_t>(plan.heads * p.Lk * p.R);
-    if (!p.k.data && p.rule.key_norm != KeyNorm::kNone) inverse_norms = arena->take<float>(plan.heads * p.L);
+    if (normalises_keys(p)) inverse_norms = arena->take<float>(plan.heads * p.L);
   }
 
   // Head number `first + slot`, whose tables have index `slot`.

@@ -35,7 +35,7 @@ struct Plan {
   int64_t segments = 0;       // segments per round
   int64_t cursor_span = 0;  // with separate keys, a backward task takes the queries of an interval of cursors
   int64_t block_panels = 0;             // panels whose logits are held at the same time
-  int64_t cached_panels = 0;            // panels that stay packed; a power of two
+  int64_t cached_panels = 0;            // panels that stay packed; a power of two, at least 2
   int64_t heads = 0;                    // (batch, head) pairs that are worked on together
   int64_t d_padded = 0, dv_padded = 0;  // D and Dv, rounded up to whole vectors
   bool inside_bucket = false;           // every range lies in one bucket, where rank order is position order
@@ -47,6 +47,11 @@ struct Plan {
   int32_t before = 0, after = 0;  // the window in codes: see write_codes
   int32_t ring_laps = 0;          // the most times that a range may go around the ring
 };
+
+// Whether keys are query-keys that are normalised.
+REFORMER_INLINE bool normalises_keys(const AttentionParams& p) {
+  return !p.k.data && p.rule.key_norm != KeyNorm::kNone;
+}
 
 // The rounds, from 0 on, whose codes (see write_codes) tiles of `round` read: the earlier ones, which may
 // have met a pair before, or on a ring all, in which a pair is counted.
@@ -94,7 +99,7 @@ static inline Plan make_plan(const AttentionParams& p) {
   // With a rank window all logits of a row are held at once, up to a limit. Its sum then does not depend on
   // where in the tile the row lies, so appending tokens changes no bit of earlier outputs.
   plan.block_panels = min_of<int64_t>(needed, rule.rank_window ? 65536 / kPanel : 512 / kPanel);
-  plan.cached_panels = 1;
+  plan.cached_panels = 2;
   while (plan.cached_panels < max_of(plan.block_panels, min_of<int64_t>(needed, 1024 / kPanel)))
     plan.cached_panels *= 2;
   // Tasks of the backward pass add to rows of keys. Segments are at least as long as the reach of a tile, so

@@ -64,32 +64,54 @@ REFORMER_INLINE int group_rows(const Tile& tile, int group) {
   return min_of(kGroupRows, tile.rows - group * kGroupRows);
 }
 
-// Sorts up to kTileRows values. They are nearly sorted: a few rising runs, one for each bucket.
-static inline void insertion_sort(uint64_t* values, int count) {
-  for (int i = 1; i < count; ++i) {
-    const uint64_t value = values[i];
-    int j = i;
-    for (; j > 0 && values[j - 1] > value; --j) values[j] = values[j - 1];
-    values[j] = value;
+// kTileRows positions in rising order; -1, which is no position, comes last. `from` says where each was.
+struct SortedPositions {
+  int32_t position[kTileRows], from[kTileRows];
+
+  // The place of a position is the number of those before it, which takes no branches.
+  void sort(const int32_t* unsorted) {
+    constexpr int kVectors = kTileRows / kLanes;
+    int32_t place[kTileRows];
+    vint value[kVectors], before[kVectors] = {};
+    for (int v = 0; v < kVectors; ++v) {
+      const vint index = iota() + v * kLanes, x = load(unsorted + v * kLanes);
+      value[v] = x < 0 ? index : x - INT32_MAX;
+      memcpy(place + v * kLanes, &value[v], sizeof(vint));
+    }
+#pragma GCC unroll 4
+    for (int w = 0; w < kVectors; ++w)
+      for (int lane = 0; lane < kLanes; ++lane) {
+        // Among equal ones, which a block on a ring may hold, the first comes first.
+        const vint x = splat(place[w * kLanes + lane]), x_or_equal = x - 1;
+        const vint x_here = x + (iota() > splat(lane));
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) before[v] -= (v < w ? x : v == w ? x_here : x_or_equal) < value[v];
+      }
+    memcpy(place, before, sizeof(place));
+    for (int i = 0; i < kTileRows; ++i) {
+      position[place[i]] = unsorted[i];
+      from[place[i]] = i;
+    }
   }
-}
+};
 
 // Puts the rows of a tile in order of position. They all lie in one chunk, so their ranges are the same.
 static inline void sort_rows(Tile* tile) {
-  uint64_t rows[kTileRows];
+  SortedPositions sorted;
   int64_t bucket[kTileRows];
+  for (int i = tile->rows; i < kTileRows; ++i) tile->position[i] = -1;
+  for (int i = 0; i < tile->rows; ++i) bucket[i] = tile->bucket[i];
+  sorted.sort(tile->position);
   for (int i = 0; i < tile->rows; ++i) {
-    rows[i] = static_cast<uint64_t>(tile->position[i]) << 8 | static_cast<uint64_t>(i);
-    bucket[i] = tile->bucket[i];
-  }
-  insertion_sort(rows, tile->rows);
-  for (int i = 0; i < tile->rows; ++i) {
-    const int from = static_cast<int>(rows[i] & 0xff);
-    tile->position[i] = static_cast<int32_t>(rows[i] >> 8);
-    tile->rank[i] = static_cast<int32_t>(tile->first_rank) + from;
-    tile->bucket[i] = bucket[from];
+    tile->position[i] = sorted.position[i];
+    tile->rank[i] = static_cast<int32_t>(tile->first_rank) + sorted.from[i];
+    tile->bucket[i] = bucket[sorted.from[i]];
   }
 }
+
+// The multiple of a power of two that is next below or above, without a division; `n` may be negative.
+REFORMER_INLINE int64_t aligned_below(int64_t n, int64_t power) { return n & -power; }
+REFORMER_INLINE int64_t aligned_above(int64_t n, int64_t power) { return (n + power - 1) & -power; }
 
 // Makes a tile of the first kTileRows queries of `ranks`, or of all if there are fewer.
 static inline void make_tile(const AttentionParams& p, const Plan& plan, const Head& head, int64_t round,
@@ -149,8 +171,8 @@ static inline void make_tile(const AttentionParams& p, const Plan& plan, const H
     }
     tile->low[i] = low;
     tile->high[i] = high;
-    tile->full_low[i] = floor_div(low + unit - 1, unit) * (unit / kPanel);
-    tile->full_high[i] = floor_div(high, unit) * (unit / kPanel);
+    tile->full_low[i] = aligned_above(low, unit) / kPanel;
+    tile->full_high[i] = aligned_below(high, unit) / kPanel;
     tile->crosses |= low < ring_start || high > ring_start + length;
   }
   if (plan.sorts_positions) sort_rows(tile);
@@ -171,8 +193,8 @@ static inline void make_tile(const AttentionParams& p, const Plan& plan, const H
     }
     tile->last_position[group] = last_position;
     const bool empty = low == INT64_MAX;
-    tile->panel_low[group] = empty ? 0 : floor_div(low, unit) * (unit / kPanel);
-    tile->panel_high[group] = empty ? 0 : (floor_div(high - 1, unit) + 1) * (unit / kPanel);
+    tile->panel_low[group] = empty ? 0 : aligned_below(low, unit) / kPanel;
+    tile->panel_high[group] = empty ? 0 : aligned_above(high, unit) / kPanel;
     if (empty) continue;
     tile->first_panel = min_of(tile->first_panel, tile->panel_low[group]);
     tile->last_panel = max_of(tile->last_panel, tile->panel_high[group]);

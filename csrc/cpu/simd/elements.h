@@ -112,6 +112,13 @@ REFORMER_INLINE void store_row(const float* src, int64_t n, float scale, float* 
   for (; i < n; ++i) dst[i] = src[i] * scale;
 }
 
+// dst[0 .. n) += scale * src.
+REFORMER_INLINE void add_row(const float* src, int64_t n, float scale, float* dst) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, load(dst + i) + load(src + i) * scale);
+  for (; i < n; ++i) dst[i] += src[i] * scale;
+}
+
 template <typename T>
 REFORMER_INLINE T* row_of(const Rows& rows, int64_t b, int64_t h, int64_t i) {
   return static_cast<T*>(rows.data) + b * rows.batch_stride + h * rows.head_stride + i * rows.row_stride;

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import os
 import subprocess
 import sys
 import textwrap
@@ -24,9 +23,8 @@ from python_tests.helpers import assert_close, gradients, padding_mask, qkv
 from python_tests.native_tools import torch_threads
 from python_tests.ops.attention.cases import Case, arrange, rule_of
 from python_tests.ops.attention.test_native import RULES
-from reformer_kernels import Layout, LSHConfig, _native
+from reformer_kernels import Layout, LSHConfig
 from reformer_kernels import functional as F
-from reformer_kernels.benchmarks import memory
 from reformer_kernels.modules import LocalSelfAttention, LSHSelfAttention
 from reformer_kernels.testing import normal
 
@@ -271,60 +269,6 @@ def test_deepcopy_of_modules(make: Callable[[], torch.nn.Module]) -> None:
     x = normal(2, 40, 16, dtype=torch.float32)
     twin = copy.deepcopy(layer)
     assert torch.equal(layer(x), twin(x))
-
-
-# Memory
-
-
-def test_working_memory() -> None:
-    """At most half of qk, v, out and their gradients, by the kernels' own count."""
-    B, H, L, D, R = 1, 8, 16384, 64, 4
-    q, _, _v = qkv(1, H, 64, D, dtype=torch.float32)
-    native = _native.extension()
-    tensors = 6 * B * H * L * D * 4
-    for rule in (rule_of(chunk_length=64), RULES["trax"]._replace(chunk_length=64)):
-        for threads in (1, 2):
-            rows = native.Rows(data=q.data_ptr())
-            parameters = native.AttentionParams(
-                B=B, H=H, L=L, D=D, Dv=D, R=R, q=rows, v=rows, starts_size=2 * L // 64 + 2,
-                rule=native.AttentionRule(**rule._asdict()), threads=threads,
-            )  # fmt: skip
-            forward = native.attention_forward_workspace_bytes(parameters)
-            backward = native.attention_backward_workspace_bytes(parameters)
-            layout = B * H * R * (L + 2 * L // 64 + 2) * 4
-            lse = B * H * L * 4
-            assert max(forward, backward) + layout + lse <= 0.5 * tensors
-
-
-@pytest.mark.skipif(
-    not memory.can_measure(torch.device("cpu")), reason="/proc/self/clear_refs is not writable"
-)
-def test_working_memory_as_the_system_counts_it() -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(
-            """
-            import torch
-            from reformer_kernels import LSHConfig
-            from reformer_kernels import functional as F
-            from reformer_kernels.benchmarks.memory import peak_of
-            torch.set_num_threads(1)
-            q, v = (torch.randn(1, 8, 16384, 64).requires_grad_() for _ in range(2))
-            config = LSHConfig.trax(causal=True)
-            def call():
-                out = F.lsh_attention(q, v, config, seed=0, backend="native")
-                return [out.detach(), *torch.autograd.grad(out, (q, v), torch.ones_like(out))]
-            small = torch.randn(1, 1, 2048, 64).requires_grad_()
-            F.lsh_attention(small, small, config, seed=0, backend="native").sum().backward()
-            print(peak_of(call, torch.device("cpu")))
-            """
-        )],
-        capture_output=True, text=True, timeout=100, check=False,
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(memory.OWN_MAPPING_ABOVE)},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    tensor = 8 * 16384 * 64 * 4
-    # ones_like(out) is a tensor of the test's own.
-    assert int(result.stdout) - tensor <= 0.5 * 6 * tensor, f"{int(result.stdout) / tensor} tensors"
 
 
 # Errors

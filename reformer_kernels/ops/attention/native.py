@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +13,16 @@ from reformer_kernels import _native
 if TYPE_CHECKING:
     from reformer_kernels.ops.attention.op import Arguments
 
+LARGEST_KEPT_WORKSPACE = 64 * 2**20
+"""Bytes. A larger workspace is freed when its call ends; it serves so long a call that its faults are few."""
+
+_kept = threading.local()
+
 
 def forward(arguments: Arguments, out: Tensor, lse: Tensor) -> None:
     """Writes out (B, H, L, D_v) in q's dtype and lse (B, H, L) in float32."""
     native = _native.extension()
+    _native.prefer_huge_pages(out, lse)
     parameters = _parameters(arguments, out, lse)
     workspace = _workspace(native.attention_forward_workspace_bytes(parameters))
     parameters.workspace = _native.pointer(
@@ -36,6 +43,7 @@ def backward(
 ) -> None:
     """Writes the gradients of q, v and, unless query-keys are shared, k."""
     native = _native.extension()
+    _native.prefer_huge_pages(grad_q, grad_v, *(() if grad_k is None else (grad_k,)))
     parameters = _parameters(arguments, out, lse)
     q, v = arguments.q, arguments.v
     dtypes = (q.dtype,)
@@ -108,4 +116,16 @@ def _parameters(arguments: Arguments, out: Tensor, lse: Tensor) -> Any:
 
 
 def _workspace(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, device="cpu")  # torch aligns CPU memory to 64 bytes
+    """Scratch memory of at least `size` bytes, with unknown contents, for one kernel call of this thread.
+
+    Each thread keeps its last one, because fresh memory would cost a page fault for each page.
+    """
+    kept: Tensor | None = getattr(_kept, "workspace", None)
+    if kept is not None and kept.numel() >= size:
+        return kept
+    kept = _kept.workspace = None  # freed before its successor is allocated
+    workspace = torch.empty(size, dtype=torch.uint8, device="cpu")  # torch aligns CPU memory to 64 bytes
+    _native.prefer_huge_pages(workspace)
+    if size <= LARGEST_KEPT_WORKSPACE:
+        _kept.workspace = workspace
+    return workspace
