@@ -3,13 +3,15 @@
 
     python bench/validate_gpu.py                       # within 8 minutes: bench/results/<gpu>.json and .md
     python bench/validate_gpu.py --steps correctness,race
+    python bench/validate_gpu.py --resume              # the steps that an earlier run did not end
     python bench/validate_gpu.py --dry-run --output DIR     # tries every step here, in Triton's interpreter
 
 It builds the package, checks every operation and option against the float64 reference, and looks for races,
-host synchronisation and bad addresses. It times every operation beside SDPA's back ends, `torch.sort` and the
-machine's own rates, and measures tiles (`<gpu>-tiles.json`, for REFORMER_TILES). The steps run in processes
-of their own, the most important first. Results are written after every row, so that a run that is cut short
-keeps what it has. The exit code is 1 where a check failed or a step did not end.
+host synchronisation and bad addresses. It times every operation beside its predicted time, SDPA's back ends,
+FlexAttention, `torch.sort` and the machine's own rates, and measures tiles (`<gpu>-tiles.json`, for
+REFORMER_TILES). The steps run in processes of their own, the most important first. Results are written after
+every row, so that a run that is cut short keeps what it has. The exit code is 1 where a check failed or a
+step did not end.
 """
 
 from __future__ import annotations
@@ -170,6 +172,9 @@ def main() -> int:
     parser.add_argument(
         "--steps", help="run only these, separated by commas: " + ", ".join(s.name for s in STEPS)
     )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the steps that an earlier run of this commit ended"
+    )
     arguments = parser.parse_args()
     steps = [step for step in STEPS if arguments.steps is None or step.name in arguments.steps.split(",")]
     if not steps:
@@ -184,9 +189,17 @@ def main() -> int:
     context = Context(dry_run=arguments.dry_run, folder=str(arguments.output.resolve()), name=name)
     results = Results(arguments.output / name, arguments.dry_run, sys.argv[1:])
     results.steps = {step.name: StepResult(step.about) for step in steps}
+    if arguments.resume:
+        try:
+            kept = results.resume()
+        except ValueError as error:
+            parser.error(str(error))
+        print(f"Kept {', '.join(kept) or 'no step'}")
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "bench")]))
     start = time.perf_counter()
     for step in steps:
+        if results.steps[step.name].status == "done":
+            continue
         left = arguments.seconds - (time.perf_counter() - start)
         if left < 5:
             results.steps[step.name].reason = "no time left"

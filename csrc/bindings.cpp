@@ -98,6 +98,9 @@ void check(Status status) {
       throw std::invalid_argument(
           "attention needs at least one token, one key, one hash round, two bucket starts and a chunk "
           "length of 1; leave the call out where there is nothing to attend to");
+    case Status::kFull:
+      throw std::invalid_argument(
+          "the cache has no room for another token in some row: make it for more tokens");
     case Status::kTooManyCodes:
       throw std::invalid_argument(
           "so many buckets with so wide a window are more than duplicates can be counted in; use fewer "
@@ -237,6 +240,44 @@ PYBIND11_MODULE(_C, m) {
         check(attention_backward(params, gradients));
       },
       kNoGil);
+
+  Fields<DecodeParams>(m, "DecodeParams")
+      .field("B", &DecodeParams::B)
+      .field("H", &DecodeParams::H)
+      .field("D", &DecodeParams::D)
+      .field("Dv", &DecodeParams::Dv)
+      .field("R", &DecodeParams::R)
+      .field("dtype", &DecodeParams::dtype)
+      .field("q", &DecodeParams::q)
+      .field("k", &DecodeParams::k)
+      .field("v", &DecodeParams::v)
+      .field("hashed", &DecodeParams::hashed)
+      .field("out", &DecodeParams::out)
+      .field("key_dtype", &DecodeParams::key_dtype)
+      .field("value_dtype", &DecodeParams::value_dtype)
+      .field("keys", &DecodeParams::keys)
+      .field("values", &DecodeParams::values)
+      .field("room", &DecodeParams::room)
+      .field("capacity", &DecodeParams::capacity)
+      .field("lengths", &DecodeParams::lengths)
+      .field("rotations", &DecodeParams::rotations)
+      .field("rotation_heads", &DecodeParams::rotation_heads)
+      .field("rotation_width", &DecodeParams::rotation_width)
+      .field("factors", &DecodeParams::factors)
+      .field("n_factors", &DecodeParams::n_factors)
+      .field("buckets", &DecodeParams::buckets)
+      .field("order", &DecodeParams::order)
+      .field("starts", &DecodeParams::starts)
+      .field("order_size", &DecodeParams::order_size)
+      .field("starts_size", &DecodeParams::starts_size)
+      .field("recent", &DecodeParams::recent)
+      .field("recent_buckets", &DecodeParams::recent_buckets)
+      .field("recent_size", &DecodeParams::recent_size)
+      .field("recent_count", &DecodeParams::recent_count)
+      .field("rule", &DecodeParams::rule)
+      .field("scale", &DecodeParams::scale)
+      .field("threads", &DecodeParams::threads);
+  m.def("decode_step", [](const DecodeParams& params) { check(decode_step(params)); }, kNoGil);
 
   Fields<ResidualParams>(m, "ResidualParams")
       .field("rows", &ResidualParams::rows)

@@ -22,6 +22,7 @@ enum class Status : int32_t {
   kUnsorted = 3,      // positions do not rise within a bucket, which the kernel needs here
   kTooManyCodes = 4,  // so many buckets with so wide a window that duplicates cannot be counted in 32 bits
   kEmpty = 5,  // no token, key, round or bucket, or a chunk length below 1, where the kernel divides by it
+  kFull = 6,   // a row of a cache has no room for another token
 };
 
 // A (B, H, L, D) array with a contiguous last dimension.
@@ -134,6 +135,40 @@ size_t attention_forward_workspace_bytes(const AttentionParams& params);
 Status attention_forward(const AttentionParams& params);
 size_t attention_backward_workspace_bytes(const AttentionParams& params);
 Status attention_backward(const AttentionParams& params, const AttentionGradients& gradients);
+
+// One step of cached generation in one layer: takes in a token of each row of the batch and attends from it.
+// The cache is written in place and `lengths` rise by 1. A row's new token has position t = lengths[b] and
+// sees what the last token of a sequence of t + 1 tokens sees by `rule`, without padding and dropout.
+//
+// With `buckets` the tokens are sorted by bucket, as in lsh_hash and bucket_sort; else they are in order of
+// position, in one round. The sorted order of a round is kept in two parts: `order`, of the tokens up to the
+// last sort, and the `recent_count` tokens since, sorted by (bucket, position).
+struct DecodeParams {
+  int64_t B = 0, H = 0, D = 0, Dv = 0, R = 0;
+  DType dtype = DType::kFloat32;  // of the rows
+  Rows q, k, v, hashed, out;      // (B, H, 1, D or Dv); if k.data is null, keys are q normalised
+  DType key_dtype = DType::kFloat32, value_dtype = DType::kFloat32;  // of the cache
+  void* keys = nullptr;    // (B, H, room, D); position j is in slot j % room
+  void* values = nullptr;  // (B, H, room, Dv)
+  int64_t room = 0;
+  int64_t capacity = 0;              // the largest length of a row
+  int64_t* lengths = nullptr;        // (B)
+  const float* rotations = nullptr;  // these four as in HashParams
+  int64_t rotation_heads = 0, rotation_width = 0;
+  const int32_t* factors = nullptr;
+  int32_t n_factors = 0;
+  int32_t* buckets = nullptr;       // (B, H, R, capacity); null where tokens are in order of position
+  const int32_t* order = nullptr;   // (B, H, R, order_size), of which the merged tokens are used
+  const int32_t* starts = nullptr;  // (B, H, R, starts_size), where each bucket begins among them
+  int64_t order_size = 0, starts_size = 0;
+  int32_t* recent = nullptr;          // (B, H, R, recent_size), the positions of the recent tokens
+  int32_t* recent_buckets = nullptr;  // and their buckets
+  int64_t recent_size = 0, recent_count = 0;
+  AttentionRule rule;
+  float scale = 1.0f;
+  int32_t threads = 1;
+};
+Status decode_step(const DecodeParams& params);
 
 enum class Normalization : int32_t { kNone = 0, kLayer = 1, kRms = 2 };
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from python_tests.oracle import philox_words
+from bench.fuzz.oracle import philox_words
 from reformer_kernels import _random
 
 # Known answers of Random123 (kat_vectors, philox4x32 10 rounds).

@@ -244,17 +244,38 @@ def on_one_device(operator: str, kernel: Callable[..., Any]) -> Callable[..., An
     return run
 
 
-def refuse_forward_mode(operation: str, instead: str, *tensors: Tensor | None) -> None:
-    """Autograd formulas of custom operators know reverse mode only: torch would drop tangents in silence.
+def refuse_transforms(operation: str, instead: str, *tensors: Tensor | None) -> None:
+    """Autograd formulas of custom operators serve `backward()` and `torch.autograd.grad` alone.
 
-    The error says that `operation` has no forward-mode derivative, and to use `instead`.
+    torch would drop the tangents of forward mode in silence, and says of `torch.func.grad` and its kin only
+    what an author of operators can use. Raises NotImplementedError that says what `operation` does not offer
+    and to use `instead`. `torch.func.vmap` works, and `backward()` through it.
     """
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if torch.compiler.is_compiling():
         return
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    given = [x for x in tensors if x is not None]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given):
         raise NotImplementedError(
             f"{operation} no forward-mode derivative; use {instead} for torch.func.jvp and dual numbers"
         )
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if transformed and torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        raise NotImplementedError(
+            f"{operation} no gradient by torch.func.grad, vjp and jacrev; use backward() or "
+            f"torch.autograd.grad, or {instead}"
+        )
+
+
+def without_transforms(x: Tensor) -> Tensor:
+    """The values of `x` under torch.func's transforms; what vmap maps over comes first."""
+    if torch.compiler.is_compiling():
+        return x
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        mapped = functorch.maybe_get_bdim(x) if functorch.is_batchedtensor(x) else -1
+        x = functorch.get_unwrapped(x)
+        x = x if mapped < 0 else x.movedim(mapped, 0)
+    return x
 
 
 def kind_of(x: object) -> str:

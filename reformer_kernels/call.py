@@ -64,18 +64,22 @@ def self_attention_call(
     q: Tensor,
     *,
     shared_qk: bool = True,
+    by_position: bool = False,
     mask: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Seed = None,
     draws_rotations: bool = False,
     backend: str = "auto",
 ) -> AttentionCall:
-    """The call of `config` for tokens q (B, H, L, D) that attend to themselves."""
+    """The call of `config` for tokens q (B, H, L, D) that attend to themselves.
+
+    `by_position`: they are not hashed, whatever their number, so one call serves all lengths of a program.
+    """
     return _call(
         config,
         q,
         key_length=q.shape[2],
-        hashed=not config.is_short(q.shape[2]),
+        hashed=not (by_position or config.is_short(q.shape[2])),
         span=config.span,
         rule=self_attention_rule(config, q.shape[2], shared_qk=shared_qk),
         scale=config.logit_scale(q.shape[3], shared_qk=shared_qk),
@@ -150,16 +154,17 @@ def _call(
 def self_attention_rule(config: LSHConfig, length: int, *, shared_qk: bool = True) -> AttentionRule:
     """The rule of `config` for sequences of `length` tokens that attend to themselves.
 
-    Only whether `length` fits one chunk matters (`LSHConfig.is_short`), so one rule serves many lengths.
+    Only whether `length` fits one chunk matters (`LSHConfig.is_short`), and only on a ring or where buckets
+    are masked. Otherwise it is not read, so a program with a symbolic length has one rule for all lengths.
+
     Shared query-keys exclude themselves, because a shared query-key always matches itself best. Without
     `shared_qk`, keys are given apart from the queries and a query may see its own position, as in ordinary
     attention.
     """
-    short = config.is_short(length)
     by_bucket = config.window == "bucket"
     window = config.window_size if by_bucket else 0
     window_before, window_after = (window, 0) if config.causal else (window // 2, window - window // 2)
-    by_chunks = not (short or by_bucket)
+    by_chunks = not by_bucket
     return AttentionRule(
         rank_window=by_bucket,
         chunk_length=config.chunk_length,
@@ -167,11 +172,11 @@ def self_attention_rule(config: LSHConfig, length: int, *, shared_qk: bool = Tru
         chunks_after=config.chunks_after if by_chunks else 0,
         window_before=window_before,
         window_after=window_after,
-        bucket_mask=by_bucket or not (short or config.attend_across_buckets),
+        bucket_mask=by_bucket or not (config.attend_across_buckets or config.is_short(length)),
         causal=config.causal,
         exclude_self=shared_qk,
         correct_duplicates=config.correct_duplicates,
-        ring=config.ring == "rounds" and by_chunks,
+        ring=config.ring == "rounds" and by_chunks and not config.is_short(length),
         key_norm=KEY_NORMS.index(config.key_norm),
     )
 

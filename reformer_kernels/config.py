@@ -114,13 +114,15 @@ class LSHConfig:
             chunks_after), as many keys as the same chunks hold.
         bucket_factors: numbers of buckets of the hash's factors, each even; ids are
             b0 + f0 * b1 + f0 * f1 * b2 ... An integer is one factor. None: automatic, from the length, see
-            `automatic_factors` and `span`.
+            `automatic_factors` and `span`. The length is that of the padded rows, as one call has one number
+            of buckets: give factors where a padded row must give what the row alone gives.
         causal: a query sees no key at a later position.
         attend_across_buckets: whether a query also sees keys of other buckets in its range. The paper
             masks them (Appendix A); the public implementations do not.
-        correct_duplicates: divide the weight of a pair by the number of times that it is met over all
-            rounds, so that the result is softmax over the union of the rounds' keys (Appendix A).
-            False: a pair met N times counts N times.
+        correct_duplicates: a pair that several rounds meet counts once, so that the result is softmax over
+            the union of the rounds' keys (Appendix A): in the first of those rounds, whose dropout it has. On
+            a ring it counts in each of them, its weight divided by how often it is met. False: a pair met N
+            times counts N times.
         ring: "none": a round's first chunk looks back at nothing, its last chunk ahead at nothing.
             "rounds": all rounds' chunks form a ring, as in the public implementations: a round's first chunk
             looks back at the previous round's last chunk, the first round's at the last round's.

@@ -50,14 +50,22 @@ def dtype_of(shape: Shape) -> torch.dtype:
     return torch.bfloat16 if shape.bits == 16 else torch.float32
 
 
-def _leaves(context: Context, shape: Shape, count: int) -> list[Tensor]:
+def leaves_of(context: Context, shape: Shape, count: int) -> list[Tensor]:
+    """So many random tensors (1, H, L, D) of the shape, whose gradients are taken."""
     size = (1, shape.heads, shape.length, shape.head_dim)
     tensors = [torch.randn(size, device=context.device).to(dtype_of(shape)) for _ in range(count)]
     return [x.requires_grad_() for x in tensors]
 
 
-def _differentiated(call: Callable[..., Tensor], leaves: list[Tensor], phase: str) -> Call:
-    grad_out = torch.randn_like(leaves[-1])
+def differentiated(
+    call: Callable[..., Tensor], leaves: list[Tensor], phase: str, like: int | None = None
+) -> Call:
+    """The forward pass of `call` on the leaves, or forward and backward with a random gradient of the output.
+
+    The output has the shape of leaf `like`; of the first one's rows and the last one's columns if it is None.
+    """
+    size = (*leaves[0].shape[:-1], leaves[-1].shape[-1]) if like is None else leaves[like].shape
+    grad_out = torch.randn(size, device=leaves[0].device).to(leaves[0].dtype)
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -83,19 +91,19 @@ def _rotations(context: Context, shape: Shape, config: LSHConfig) -> Tensor:
 
 def attend(context: Context, shape: Shape, phase: str, preset: str = "paper") -> Call:
     """The attention kernels alone, on a layout that is not part of the call."""
-    config, leaves, backend = _config(shape, preset), _leaves(context, shape, 2), context.backend
+    config, leaves, backend = _config(shape, preset), leaves_of(context, shape, 2), context.backend
     rotations = _rotations(context, shape, config)
     layout = functional.lsh_layout(leaves[0], config, rotations=rotations, backend=backend)
-    return _differentiated(
+    return differentiated(
         lambda qk, v: functional.attend(qk, v, layout, config, backend=backend), leaves, phase
     )
 
 
 def lsh_attention(context: Context, shape: Shape, phase: str, preset: str = "paper") -> Call:
     """Hash, sort and attend."""
-    config, leaves, backend = _config(shape, preset), _leaves(context, shape, 2), context.backend
+    config, leaves, backend = _config(shape, preset), leaves_of(context, shape, 2), context.backend
     rotations = _rotations(context, shape, config)
-    return _differentiated(
+    return differentiated(
         lambda qk, v: functional.lsh_attention(qk, v, config, rotations=rotations, backend=backend),
         leaves,
         phase,
@@ -104,11 +112,11 @@ def lsh_attention(context: Context, shape: Shape, phase: str, preset: str = "pap
 
 def local(context: Context, shape: Shape, phase: str) -> Call:
     """Local attention over chunks."""
-    return _differentiated(
+    return differentiated(
         lambda q, k, v: functional.local_attention(
             q, k, v, chunk_length=shape.chunk_length, causal=True, backend=context.backend
         ),
-        _leaves(context, shape, 3),
+        leaves_of(context, shape, 3),
         phase,
     )
 
@@ -123,20 +131,25 @@ def full(context: Context, shape: Shape, phase: str, peer: str) -> Call:
         dtype=str(dtype_of(shape)).removeprefix("torch."),
         device=str(context.device),
     )
-    return _differentiated(FullAttention(peer, sizes).attend, _leaves(context, shape, 3), phase)
+    return differentiated(FullAttention(peer, sizes).attend, leaves_of(context, shape, 3), phase)
 
 
 def lsh_hash(context: Context, shape: Shape) -> Call:
     """Hashing of all rounds."""
     config = _config(shape, "paper")
     factors, rotations = config.factors(shape.length), _rotations(context, shape, config)
-    qk = _leaves(context, shape, 1)[0].detach()
+    qk = leaves_of(context, shape, 1)[0].detach()
     return lambda: functional.lsh_hash(qk, rotations, factors, backend=context.backend)
+
+
+def n_buckets_of(shape: Shape) -> int:
+    """The automatic number of buckets."""
+    return math.prod(_config(shape, "paper").factors(shape.length))
 
 
 def sort(context: Context, shape: Shape, by: str) -> Call:
     """The sort of bucket ids: by "bucket_sort", or by torch's stable sort of "int32" or "int64" numbers."""
-    n_buckets = math.prod(_config(shape, "paper").factors(shape.length))
+    n_buckets = n_buckets_of(shape)
     size = (1, shape.heads, shape.n_hashes, shape.length)
     ids = torch.randint(0, n_buckets, size, dtype=torch.int32).to(context.device)
     if by == "bucket_sort":

@@ -13,14 +13,20 @@ from torch import Tensor
 import reformer_kernels.ops.residual.op  # noqa: F401  registers the operators
 from reformer_kernels import Layout, LSHConfig, functional
 from reformer_kernels.testing import TOLERANCE, near_ties, normal, relative_error
+from validation import layers
 from validation.context import Context, Row, attempts
-
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-TF32_TOLERANCE = 5e-3
-"""The largest relative error with TF32, which multiplies 11-bit numbers."""
-
-LOW_PRECISION_RATIO = 2.0
-"""How many times as large as PyTorch's own low-precision error a kernel's error against float64 may be."""
+from validation.judging import (
+    BF16,
+    F16,
+    F32,
+    LOW_PRECISION_RATIO,
+    TF32_TOLERANCE,
+    errors,
+    exact,
+    gradients,
+    inputs,
+    judged,
+)
 
 PRESETS: dict[str, Callable[..., LSHConfig]] = {
     "paper": LSHConfig.paper,
@@ -55,6 +61,11 @@ def cases(context: Context) -> list[tuple[str, Callable[[], Row]]]:
         add(sort, n_buckets=20, L=70)
         add(attention, preset="paper", causal=True, dtype=F32, D=16, L=37, padding="some", dropout=0.2)
         add(local, causal=False, ring=True, dtype=F32, D=16)
+        add(layers.cross, causal=False, dtype=F32, D=16)
+        add(layers.feed_forward, dtype=F32, activation="gelu")
+        add(layers.loss, dtype=F32)
+        add(layers.decoding)
+        add(layers.module)
         return list(checks.items())
 
     # dK and dV come first: transposed operands from an earlier product have been reported wrong on Hopper.
@@ -64,6 +75,14 @@ def cases(context: Context) -> list[tuple[str, Callable[[], Row]]]:
     for preset in PRESETS:
         for causal in (True, False):
             add(attention, preset=preset, causal=causal, dtype=BF16, D=64, L=1000)
+    for causal, dtype, D in ((False, BF16, 64), (True, BF16, 64), (False, F32, 64), (False, F16, 128)):
+        add(layers.cross, causal=causal, dtype=dtype, D=D)
+    add(layers.decoding)
+    add(layers.module)
+    for dtype in (BF16, F32):
+        add(layers.loss, dtype=dtype)
+        add(layers.feed_forward, dtype=dtype, activation="gelu")
+    add(layers.feed_forward, dtype=BF16, activation="swiglu")
     for dtype in (F32, BF16, F16):
         add(hash_, dtype=dtype, factors=(64,), padding=False)
         add(hash_, dtype=dtype, factors=(32, 16, 8), padding=True)
@@ -91,37 +110,6 @@ def cases(context: Context) -> list[tuple[str, Callable[[], Row]]]:
     add(whole_call, dtype=BF16, D=64)
     add(residual, dtype=BF16)
     return list(checks.items())
-
-
-def judged(errors: dict[str, float], limit: float, **more: Any) -> Row:
-    """A row of errors, which is "ok" if the largest of them is within `limit`."""
-    worst = max(errors, key=lambda name: errors[name])
-    shown = {name: float(f"{error:.3g}") for name, error in errors.items()}
-    return {"ok": errors[worst] <= limit, "worst": worst, "limit": limit, **shown, **more}
-
-
-def inputs(context: Context, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
-    """Leaves of these shapes on the device. `exact` turns them into float64 leaves with the same numbers."""
-    tensors = [normal(*shape, dtype=dtype, seed=n).to(context.device) for n, shape in enumerate(shapes)]
-    return [x.requires_grad_() for x in tensors]
-
-
-def exact(leaves: list[Tensor]) -> list[Tensor]:
-    return [x.detach().double().requires_grad_() for x in leaves]
-
-
-def gradients(outputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
-    """Gradients of a random linear form of the outputs, where those are finite."""
-    form = torch.zeros((), dtype=torch.float64, device=leaves[0].device)
-    for n, out in enumerate(outputs):
-        weights = normal(*out.shape, seed=90 + n).to(out.device, out.dtype)
-        form = form + (out.masked_fill(~out.isfinite() | (out <= -1e4), 0) * weights).double().sum()
-    grads = torch.autograd.grad(form, leaves, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
-
-
-def errors(names: list[str], ours: list[Tensor], expected: list[Tensor]) -> dict[str, float]:
-    return {name: relative_error(a, b) for name, a, b in zip(names, ours, expected, strict=True)}
 
 
 def like_sdpa(context: Context, *, dtype: torch.dtype, D: int, causal: bool) -> Row:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-import reformer_kernels.functional  # noqa: F401  loads the native extension
+from reformer_kernels import LSHConfig, functional
 from reformer_kernels.benchmarks import machine
 from validation.context import Context, Row, attempt
 
@@ -77,7 +80,7 @@ def _cuda_line(output: str) -> str:
 
 
 def sanitizer_steps(context: Context) -> Iterator[Row]:
-    """Runs the CUDA C++ kernels under compute-sanitizer: addresses, races, missing barriers."""
+    """Runs CUDA C++ and Triton kernels under compute-sanitizer: addresses, races, missing barriers."""
     tool = shutil.which("compute-sanitizer", path=os.pathsep.join((os.environ["PATH"], *SANITIZER_FOLDERS)))
     if tool is None:
         yield {
@@ -86,13 +89,23 @@ def sanitizer_steps(context: Context) -> Iterator[Row]:
             "skipped": "compute-sanitizer is not on this machine",
         }
         return
-    for kind in ("memcheck", "racecheck", "synccheck", "initcheck"):
-        yield attempt(kind, lambda kind=kind: _sanitize(context, tool, kind))  # type: ignore[misc]
+    for program in SANITIZED:
+        for kind in ("memcheck", "racecheck", "synccheck", "initcheck"):
+            yield attempt(f"{program} {kind}", partial(_sanitize, context, tool, kind, program))
 
 
-def _sanitize(context: Context, tool: str, kind: str) -> Row:
-    program = [sys.executable, "-m", "validation.machine_steps"]
-    command = [tool, "--tool", kind, "--error-exitcode", "9", *program]
+def sanitizer_programs_steps(context: Context) -> Iterator[Row]:
+    """The programs for the sanitizer, without it: they must run."""
+    for name, program in SANITIZED.items():
+        if name == "sort" and context.dry_run:
+            yield {"check": name, "ok": True, "skipped": "the CUDA sort needs a GPU"}
+        else:
+            yield attempt(name, lambda program=program: program(context) or {})  # type: ignore[misc]
+
+
+def _sanitize(context: Context, tool: str, kind: str, name: str) -> Row:
+    program = [sys.executable, "-m", "validation.machine_steps", name, json.dumps(vars(context))]
+    command = [tool, "--tool", kind, "--error-exitcode", "9", *FILTERS[name], *program]
     done = subprocess.run(
         command, cwd=ROOT / "bench", capture_output=True, text=True, timeout=60, check=False
     )
@@ -101,7 +114,7 @@ def _sanitize(context: Context, tool: str, kind: str) -> Row:
     return {"ok": ok, "output": summary[-1] if summary else (done.stdout + done.stderr)[-400:]}
 
 
-def sort_under_the_sanitizer() -> None:
+def sort_under_the_sanitizer(context: Context) -> None:
     """The program for the sanitizer: sorts of sizes that take each way through the kernels, and copies.
 
     It runs no kernel of torch's, which the sanitizer would check as well.
@@ -110,6 +123,50 @@ def sort_under_the_sanitizer() -> None:
         ids = torch.randint(0, n_buckets, (3, L), dtype=torch.int32)
         order, _ = torch.ops.reformer_kernels.native_bucket_sort(ids.cuda(), n_buckets, n_buckets + 1)
         assert torch.equal(order.cpu(), ids.sort(dim=-1, stable=True).indices.int())
+
+
+def attention_under_the_sanitizer(context: Context) -> None:
+    """The program for the sanitizer: each Triton kernel, forward and backward, with all options.
+
+    Kernels of torch's run too; `FILTERS` keeps the sanitizer from them.
+    """
+    size = context.pick((1, 2, 700, 64), (1, 1, 20, 16))
+    dtype = context.pick(torch.bfloat16, torch.float32)
+    chunk = context.pick(64, 8)
+    mask = (torch.arange(size[2]) % 7 == 0)[None].to(context.device)
+    options: dict[str, Any] = {
+        "seed": 1,
+        "dropout_p": 0.1,
+        "key_padding_mask": mask,
+        "backend": context.backend,
+    }
+    q, k, v = (x.to(dtype).requires_grad_() for x in torch.randn(3, *size, device=context.device))
+    rules: dict[str, Any] = {"n_hashes": 2, "chunk_length": chunk, "causal": True}
+    outs = [
+        functional.lsh_attention(q, v, config, **options)
+        for config in (
+            LSHConfig.paper(**rules),
+            *context.pick((LSHConfig.trax(**rules), LSHConfig.paper(**rules, window="bucket")), ()),
+        )
+    ]
+    outs.append(
+        functional.lsh_cross_attention(q, k, v, LSHConfig.paper(**rules, bucket_window=chunk), **options)
+    )
+    torch.autograd.grad(sum(out.float().sum() for out in outs), [q, k, v])
+    context.synchronize()
+
+
+SANITIZED: dict[str, Callable[[Context], None]] = {
+    "attention": attention_under_the_sanitizer,
+    "sort": sort_under_the_sanitizer,
+}
+"""The programs that run under the sanitizer."""
+
+FILTERS = {
+    "attention": [part for name in ("attention_", "lsh_hash") for part in ("--filter", f"kns={name}")],
+    "sort": [],
+}
+"""The sanitizer's options that name the kernels to check."""
 
 
 def pytest_steps(context: Context) -> Iterator[Row]:
@@ -146,4 +203,4 @@ def pytest_steps(context: Context) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    sort_under_the_sanitizer()
+    SANITIZED[sys.argv[1]](Context(**json.loads(sys.argv[2])))

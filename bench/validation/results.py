@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reformer_kernels._files import write_atomically
+from reformer_kernels.benchmarks import machine
 from validation.context import Row
 from validation.timings import target_rows
 
@@ -46,7 +47,30 @@ class Results:
     dry_run: bool
     arguments: list[str]
     steps: dict[str, StepResult] = field(default_factory=dict)
+    commit: str | None = field(default_factory=machine.commit)
     started: str = field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat())
+
+    def resume(self) -> list[str]:
+        """Takes over the steps that the file of an earlier run has as done, and returns their names.
+
+        Raises ValueError where there is no such file, or where it is of another commit or kind of run.
+        """
+        file = self.path.with_suffix(".json")
+        if not file.exists():
+            raise ValueError(f"--resume: {file} does not exist")
+        earlier = json.loads(file.read_text())
+        mine = {"schema": SCHEMA, "dry_run": self.dry_run, "commit": self.commit}
+        other = {name: earlier.get(name) for name in mine}
+        if other != mine:
+            raise ValueError(f"--resume: {file} is of another run, {other}, not {mine}; run without --resume")
+        kept = [name for name, step in earlier["steps"].items() if step["status"] == "done"]
+        for name in kept:
+            step = earlier["steps"][name]
+            self.steps[name] = StepResult(
+                step["about"], step["status"], step["seconds"], step.get("reason", ""), step["rows"]
+            )
+        self.started = earlier["started"]
+        return kept
 
     def timed_rows(self) -> list[Row]:
         """The headline rows, first those with swept tiles, then those with the tiles of the package."""
@@ -60,6 +84,7 @@ class Results:
             "schema": SCHEMA,
             "started": self.started,
             "dry_run": self.dry_run,
+            "commit": self.commit,
             "arguments": self.arguments,
             "targets": list(target_rows(self.timed_rows(), self.dry_run)),
             "steps": {

@@ -46,13 +46,23 @@ STEPS = (
     Step("environment", "the machine", "validation.machine_steps.environment_steps", 60),
     Step("build", "the native extension", "validation.machine_steps.build_steps", 150),
     Step("correctness", "against the float64 reference", "validation.correctness.steps", 110, shards=8),
+    Step("long", "16K and 64K tokens against float64, in blocks", "validation.exact.long_steps", 40),
     Step("race", "repeated passes, bitwise equal", "validation.hazards.race_steps", 30),
     Step("capture", "CUDA graphs and host synchronisation", "validation.hazards.capture_steps", 30),
+    Step("default path", "no default call waits", "validation.layers.default_path_steps", 40),
+    Step("predictions", "predicted times of what is timed", "validation.predicted.prediction_steps", 60),
     Step("rates", "the machine's copies and matrix products", "validation.timings.rates_steps", 20),
     Step("headline", "times of the shapes that targets are for", "validation.timings.headline_steps", 60),
+    Step("training", "a training step: time and peak memory", "validation.layers.training_steps", 40),
+    Step("layers", "times of layers", "validation.layers.layer_steps", 40),
+    Step("counters", "hardware counters through ncu", "validation.counters.counter_steps", 60),
     Step(
-        "sanitizer", "compute-sanitizer over the CUDA kernels", "validation.machine_steps.sanitizer_steps", 60
+        "sanitizer programs",
+        "what the sanitizer runs",
+        "validation.machine_steps.sanitizer_programs_steps",
+        30,
     ),
+    Step("sanitizer", "compute-sanitizer over the kernels", "validation.machine_steps.sanitizer_steps", 90),
     Step("tests", "the tests that need a GPU", "validation.machine_steps.pytest_steps", 90),
     Step("sweep compile", "candidate tiles, compiled", "validation.sweep.warm_steps", 80, shards=8),
     Step("sweep", "candidate tiles, timed", "validation.sweep.sweep_steps", 60),
@@ -62,6 +72,7 @@ STEPS = (
         "validation.timings.headline_steps",
         60,
     ),
+    Step("peers", "FlexAttention, flash-attn, CUB", "validation.peers.peer_steps", 60),
     Step("other times", "other rules, dtypes and sizes", "validation.timings.other_steps", 60),
 )
 """The most important step comes first. The limits add up to more than the whole budget, as few steps need

@@ -1,7 +1,8 @@
-"""Times tiles around the present ones and writes the fastest into a file for REFORMER_TILES."""
+"""Times tiles around the present ones and far from them, and writes the fastest for REFORMER_TILES."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from collections.abc import Iterator
@@ -49,11 +50,30 @@ def keys(context: Context) -> list[Key]:
     ]
 
 
+FAR_TILES = [
+    Tile(rows, keys, 128, warps, stages)
+    for rows, keys, warps, stages in (
+        *(
+            (64, 128, 4, 1),
+            (64, 128, 4, 2),
+            (64, 128, 8, 2),
+            (64, 64, 4, 3),
+            (128, 64, 8, 2),
+            (128, 128, 8, 2),
+        ),
+        *((128, 64, 4, 2), (64, 32, 4, 4), (32, 128, 4, 2), (128, 32, 4, 2), (64, 16, 4, 4)),
+    )
+]
+"""Whole tiles that no walk by single fields reaches."""
+
+
 def candidates(context: Context, key: Key) -> list[Tile]:
-    """The present tile, then the tiles that differ from it in one field."""
+    """The present tile, the tiles that differ from it in one field, and those of `FAR_TILES`."""
     kernel, bits, head_dim = key
     present = tiles.tile(kernel, architecture=architecture_of(context.device), bits=bits, head_dim=head_dim)
-    tried = [present, *neighbours(present, head_dim)]
+    width = tiles.padded_head_dim(head_dim)
+    far = [dataclasses.replace(tile, dims=min(tile.dims, width)) for tile in FAR_TILES]
+    tried = list(dict.fromkeys([present, *neighbours(present, head_dim), *far]))
     return tried[: context.pick(len(tried), 2)]
 
 

@@ -19,6 +19,7 @@ from reformer_kernels.gpu.cost_model import Shape
 from validation import calls
 from validation.calls import BOTH, FORWARD, Call, shape_of
 from validation.context import Context, Row, attempt
+from validation.predicted import Predictions
 
 FLUSH_BYTES = 2**28
 """How much is written before each timed call, so that its tensors are not in the second-level cache."""
@@ -51,14 +52,17 @@ def measured_rates(context: Context) -> Rates:
     )
 
 
-def time_call(context: Context, call: Call, *, budget: float = 0.3, most: int = 30) -> dict[str, Spread]:
-    """Seconds of one call: "eager", as Python makes it, and "graph", replayed from a CUDA graph.
+def time_call(
+    context: Context, call: Call, *, budget: float = 0.3, most: int = 30, graph: bool = True
+) -> dict[str, Spread]:
+    """Seconds of one call: "eager", as Python makes it, and unless `graph` is False "graph", replayed from a
+    CUDA graph.
 
     A call is repeated for `budget` seconds, at most `most` times.
     """
     ways: dict[str, Call] = {"eager": call}
     call()
-    if not context.dry_run:
+    if graph and not context.dry_run:
         ways["graph"] = _captured(call)
     flush = torch.empty(context.pick(FLUSH_BYTES, 1024), dtype=torch.uint8, device=context.device)
     spreads = {}
@@ -94,6 +98,7 @@ class Timer:
 
     def __init__(self, context: Context) -> None:
         self.context, self.rates = context, measured_rates(context)
+        self.predictions = Predictions(context)
 
     def row(
         self, name: str, make: Callable[[], Call], floors: Sequence[str], shape: Shape, **about: Any
@@ -111,6 +116,8 @@ class Timer:
             for title, seconds in (("", spread.median), ("_p20", spread.p20), ("_p80", spread.p80)):
                 row[f"{way}{title}_us"] = round(seconds * 1e6, 2)
             row[f"{way}_n"] = spread.n
+        operation, phase, preset = (about.get(name) for name in ("operation", "phase", "preset"))
+        row |= self.predictions.of(str(operation), phase, preset or "paper", shape)
         if floors:
             floor = 1e6 * sum(cost_model.floor(name, shape, self.rates).seconds for name in floors)
             row["floor_us_predicted"] = round(floor, 2)
@@ -174,7 +181,9 @@ def other_steps(context: Context) -> Iterator[Row]:
         one = dataclasses.replace(shape, n_hashes=1)
         floors = ["attention_forward"] + ["attention_backward"] * (phase == BOTH)
         make = partial(calls.local, context, one, phase)
-        yield timer.row(f"local_attention {phase}", make, floors, one, operation="local", phase=phase)
+        yield timer.row(
+            f"local_attention {phase}", make, floors, one, operation="local", preset="local", phase=phase
+        )
         for preset in context.pick(("trax", "bucket"), ("trax",)):
             yield timer.attention(shape, phase, preset)
     if context.dry_run:

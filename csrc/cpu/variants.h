@@ -1,6 +1,6 @@
 // The kernels that are compiled once for each instruction set, and the table that dispatch.cpp calls.
 //
-// There is one source for all instruction sets: rotations.cpp, hash.cpp, residual.cpp,
+// There is one source for all instruction sets: decode.cpp, rotations.cpp, hash.cpp, residual.cpp,
 // attention/forward.cpp and attention/backward.cpp are each compiled as `portable`, `avx2`, `avx512` and
 // `avx512bf16`, in a namespace of that name. What differs between them is the vector length, REFORMER_LANES,
 // and the intrinsics in simd/. So the AVX-512 code of the backward pass is attention/backward.cpp with simd/,
@@ -27,6 +27,7 @@
   KERNEL(size_t, attention_backward_workspace_bytes, (const AttentionParams& params), (params))            \
   KERNEL(Status, attention_backward, (const AttentionParams& params, const AttentionGradients& gradients), \
          (params, gradients))                                                                              \
+  KERNEL(Status, decode_step, (const DecodeParams& params), (params))                                      \
   KERNEL(void, residual_step, (const ResidualParams& params), (params))
 
 namespace reformer {

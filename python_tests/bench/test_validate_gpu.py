@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "bench" / "validate_gpu.py"
 
 sys.path.append(str(ROOT / "bench"))
+from validation import counters, sweep  # noqa: E402
 from validation.context import Context, attempt  # noqa: E402
 from validation.results import Results, StepResult  # noqa: E402
 from validation.steps import STEPS, Step  # noqa: E402
@@ -32,7 +33,7 @@ def test_dry_run_goes_through_every_step(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -43,6 +44,11 @@ def test_dry_run_goes_through_every_step(tmp_path: Path) -> None:
     assert all(target["ok"] is None for target in document["targets"])  # a dry run meets none
     errors = document["steps"]["correctness"]["rows"][0]
     assert 0 < errors["dv"] <= errors["limit"]
+    assert document["steps"]["long"]["rows"][0]["dqk"] <= document["steps"]["long"]["rows"][0]["limit"]
+    training = document["steps"]["training"]["rows"][0]
+    assert training["peak_bytes"] > 0 and training["tokens_per_second"] > 0
+    predicted = next(r for r in document["steps"]["other times"]["rows"] if r["operation"] == "local")
+    assert 0 < predicted["predicted_us_at_100%"] <= predicted["predicted_us_at_50%"]
     timed = document["steps"]["headline"]["rows"][0]
     assert timed["eager_us"] > 0 and timed["floor_us_predicted"] > 0
     assert "compute-sanitizer" in document["steps"]["sanitizer"]["rows"][0]["check"]
@@ -62,6 +68,57 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "torch finds no CUDA device; --dry-run tries the steps without one" in done.stderr
     assert not (tmp_path / "results").exists()
+
+
+def test_a_run_is_resumed_after_the_steps_that_it_ended(tmp_path: Path, script: ModuleType) -> None:
+    results = Results(tmp_path / "gpu", False, [])
+    results.steps = {
+        "build": StepResult("builds", "done", 2.0, "", [{"check": "build", "ok": True}]),
+        "race": StepResult("repeats", "cut short", 9.0, "out of time", [{"check": "paper", "ok": True}]),
+    }
+    results.write()
+    again = Results(tmp_path / "gpu", False, [])
+    again.steps = {name: StepResult("") for name in ("build", "race", "capture")}
+    assert again.resume() == ["build"] and again.started == results.started
+    assert again.steps["build"].rows == [{"check": "build", "ok": True}]
+    assert again.steps["race"].status == again.steps["capture"].status == "not run"
+    other = Results(tmp_path / "gpu", False, [], commit="another")
+    with pytest.raises(ValueError, match=r"is of another run, .*; run without --resume"):
+        other.resume()
+    with pytest.raises(ValueError, match="does not exist"):
+        Results(tmp_path / "none", False, []).resume()
+
+
+def test_counters_of_launches_are_added_up() -> None:
+    text = """==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","7","attention_forward_kernel","gpu__time_duration.sum","nsecond","1,000"
+"0","7","attention_forward_kernel","smsp__inst_executed.sum","inst","200"
+"0","7","attention_forward_kernel","sm__warps_active.avg.pct_of_peak_sustained_active","%","10"
+"1","7","attention_forward_kernel","gpu__time_duration.sum","nsecond","3,000"
+"1","7","attention_forward_kernel","smsp__inst_executed.sum","inst","600"
+"1","7","attention_forward_kernel","sm__warps_active.avg.pct_of_peak_sustained_active","%","20"
+"2","7","attention_rows_kernel","gpu__time_duration.sum","nsecond","50"
+"""
+    forward, rows = counters.parse(text)
+    assert forward == {
+        "check": "attention_forward",
+        "ok": True,
+        "launches": 2,
+        "nanoseconds": 4000.0,
+        "instructions": 800.0,
+        "occupancy_percent": 17.5,
+    }
+    assert rows["check"] == "attention_rows" and rows["nanoseconds"] == 50.0
+    assert counters.parse("==ERROR== no permission") == []
+
+
+def test_far_tiles_are_swept_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "architecture_of", lambda device: "sm_90")
+    context = Context(dry_run=False, folder="", name="")
+    tried = sweep.candidates(context, ("attention_forward", 16, 64))
+    assert len(tried) == len(set(tried)) > len(sweep.FAR_TILES)
+    assert {tile.rows for tile in tried} >= {32, 64, 128} and max(tile.dims for tile in tried) <= 64
 
 
 FAKES = """

@@ -21,28 +21,31 @@ from reformer_kernels._limits import KERNEL_DTYPES  # noqa: E402
 from reformer_kernels.gpu import machine_code, tiles  # noqa: E402
 from reformer_kernels.gpu.architectures import ARCHITECTURES, CHIPS  # noqa: E402
 from reformer_kernels.gpu.machine_code import Inspected, Request  # noqa: E402
+from reformer_kernels.gpu.presets import PRESETS  # noqa: E402
 from reformer_kernels.gpu.specializations import HEAD_DIMS, OPTIONS, TRITON_TYPES, Specialization  # noqa: E402
 from reformer_kernels.gpu.tiles import Tile, TileRow  # noqa: E402
 
 
 def requests() -> list[Request]:
     if os.environ.get("REFORMER_COMPILE_ALL") == "1":
-        return [Request(*key) for key in itertools.product(ARCHITECTURES, KERNEL_DTYPES, HEAD_DIMS, OPTIONS)]
+        keys = itertools.product(ARCHITECTURES, KERNEL_DTYPES, HEAD_DIMS, OPTIONS)
+        return [Request(*key, presets=tuple(PRESETS)) for key in keys]
     chosen = [Request(a, torch.bfloat16, 128, "all") for a in ARCHITECTURES]
     chosen += [Request(a, torch.bfloat16, 64, "all") for a in ("sm_80", "sm_90", "sm_100")]
-    chosen += [Request("sm_90", torch.bfloat16, 64, "off"), Request("sm_90", torch.float32, 64, "all")]
+    chosen += [Request("sm_90", torch.float32, 64, "all")]
+    chosen += [Request("sm_90", torch.bfloat16, 64, "off", presets=(preset,)) for preset in PRESETS]
     return chosen
 
 
 @pytest.fixture(scope="module")
 def compiled() -> list[Inspected]:
-    return list(itertools.chain(*machine_code.inspect_all(requests(), processes=2)))
+    return list(itertools.chain(*machine_code.in_processes(machine_code.inspect, requests(), processes=2)))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_have_no_faults(architecture: str, compiled: list[Inspected]) -> None:
     mine = [row for row in compiled if row.code.architecture == architecture]
-    assert {row.code.kernel for row in mine} == {row.code.kernel for row in compiled}
+    assert {row.code.kernel for row in mine} >= {"attention_forward", "lsh_hash", "residual_step"}
     wrong = [f"{row.code}: {fault}" for row in mine for fault in row.faults]
     assert not wrong, "\n".join(wrong)
     for row in mine:
@@ -95,6 +98,7 @@ def specialize(
         head_dim=tile.dims,
         options="off",
         divisible=changes.pop("divisible", ("q", "k", "v", "order", "out", "stride")),
+        scatters=changes.pop("scatters", False),
     )
 
 
@@ -128,6 +132,15 @@ def test_a_kernel_without_tensor_cores_is_caught() -> None:
 
 def test_narrow_loads_are_caught() -> None:
     assert "has no 16-byte load, found {2:" in judge(specialize(GOOD, divisible=()))
+
+
+def test_narrow_stores_are_caught() -> None:
+    for divisible, fault in (
+        (("q", "k", "v", "order", "out", "stride"), ""),
+        (("q", "k", "v", "order"), "stores rows"),
+    ):
+        faults = judge(specialize(GOOD, divisible=divisible, scatters=True))
+        assert ("stores rows less than 16 bytes at a time, found {4:" in faults) == bool(fault)
 
 
 def test_a_spill_that_grows_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 from reformer_kernels.gpu import architectures, tile_search, tiles
+from reformer_kernels.gpu.instruction_issue import Cost, IssueCount
+from reformer_kernels.gpu.machine_code import MachineCode
 from reformer_kernels.gpu.tiles import Tile, TileRow
 
 ROW = TileRow("attention_forward", "sm_90", 16, 64, Tile(32, 128, 64, 8, 3), spill_bytes=0)
@@ -115,6 +118,32 @@ def test_architectures_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         architectures.architecture_of(torch.device("cpu"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert architectures.architecture_of("cpu") == architectures.INTERPRETER
+
+
+def test_score_of_a_tile() -> None:
+    """Issue cycles, residency and spills decide together."""
+
+    def code(cycles: float, **changes: Any) -> MachineCode:
+        values: dict[str, Any] = dict.fromkeys((f.name for f in dataclasses.fields(MachineCode)), 0)
+        step = Cost(1, 64 * 128, 0.0, {"issue": cycles, "tensor": 1.0}, {})
+        values |= {
+            "issue": IssueCount(
+                step, dataclasses.replace(step, cycles={"issue": 0.0, "tensor": 0.0}, pairs=0)
+            )
+        }
+        values |= {"architecture": "sm_90", "preset": "paper", "tile": Tile(64, 128, 64, 4, 2), "warps": 4}
+        return MachineCode(**values | {"resident_blocks": 2, "head_dim": 64} | changes)
+
+    def score(cycles: float, **changes: Any) -> float:
+        return tile_search.predicted_seconds(code(cycles, **changes))
+
+    chip = architectures.CHIPS["sm_90"]
+    # One step of 128 keys serves a tile of 64 rows; 8 resident warps double the time.
+    assert score(6400.0) == pytest.approx(2 * 100 / (chip.multiprocessors * chip.clock))
+    assert score(6400.0, resident_blocks=4) == pytest.approx(0.75 * score(6400.0))
+    assert score(6400.0, spill_bytes=64) == pytest.approx(2 * score(6400.0))
+    # Fewer instructions win over a better residency that does not make up for them.
+    assert score(4000.0) < score(6400.0, resident_blocks=4)
 
 
 def test_search_walks_to_the_best_neighbour_and_records_spills(monkeypatch: pytest.MonkeyPatch) -> None:

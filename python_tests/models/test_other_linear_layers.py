@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations, prune
 from python_tests.helpers import assert_close
 from reformer_kernels import ChunkedFeedForward, LSHConfig, ReformerConfig, ReformerLM
 from reformer_kernels.modules.linear import head_loss
+from reformer_kernels.reversible import ReversibleSequence
 
 CONFIG = ReformerConfig(
     vocab_size=30,
@@ -128,6 +129,22 @@ def test_changed_layers_compute_what_they_are(change: str) -> None:
     for name, p in model.named_parameters():
         if "head" in name or "feed_forward" in name:
             assert p.grad is not None and p.grad.abs().max() > 0, name
+
+
+def test_spectral_norm_trains_in_reversible_layers() -> None:
+    """Each call changes the norm's buffers, so the recomputation must see them as the first run did."""
+    model = model_of().train()
+    for layer in linear_layers(model).values():
+        parametrizations.spectral_norm(layer)
+    plain = copy.deepcopy(model)
+    sequence = next(module for module in plain.modules() if isinstance(module, ReversibleSequence))
+    sequence.forward = sequence.plain
+    gradients = []
+    for each in (model, plain):
+        torch.manual_seed(0)
+        each(TOKENS, labels=TOKENS).backward()
+        gradients.append([p.grad for p in each.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
 def test_pruned_weights_stay_zero_in_training() -> None:

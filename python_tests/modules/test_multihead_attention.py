@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from python_tests.helpers import assert_close, gradients, padding_mask
 from reformer_kernels import LSHConfig, MultiheadAttention, ReversibleSequence, functional
 from reformer_kernels.modules import attention_masks
+from reformer_kernels.modules.multihead_arguments import warn_of_full_attention
 from reformer_kernels.testing import normal
 
 E, H, N = 16, 2, 3
@@ -294,19 +296,37 @@ def test_a_mask_that_is_not_the_causal_one_is_honoured_or_refused() -> None:
         mask = causal.clone()
         mask[i, j] ^= True
         for given in (mask, torch.zeros(12, 12).double().masked_fill(mask, float("-inf"))):
-            for hint in (False, True):
-                ours.fallback = "exact"
-                out = ours(x, x, x, attn_mask=given, need_weights=False, is_causal=hint)[0]
-                torch.testing.assert_close(out, theirs(x, x, x, attn_mask=given, need_weights=False)[0])
-                ours.fallback = "raise"
-                with pytest.raises(RuntimeError, match="attn_mask is not the causal mask"):
-                    ours(x, x, x, attn_mask=given, need_weights=False, is_causal=hint)
+            ours.fallback = "exact"
+            out = ours(x, x, x, attn_mask=given, need_weights=False)[0]
+            torch.testing.assert_close(out, theirs(x, x, x, attn_mask=given, need_weights=False)[0])
+            ours.fallback = "raise"
+            with pytest.raises(RuntimeError, match="attn_mask is not the causal mask"):
+                ours(x, x, x, attn_mask=given, need_weights=False)
+            for ours.full_attention_threshold in (0, 100):
+                for weights in (False, True):
+                    with pytest.raises(ValueError, match="is_causal=True says that attn_mask is the causal"):
+                        ours(x, x, x, attn_mask=given, need_weights=weights, is_causal=True)
+            ours.full_attention_threshold = 0
     ours(x, x, x, attn_mask=causal, need_weights=False)
     bias = torch.zeros(N, 12).double().requires_grad_()
     with pytest.raises(RuntimeError, match="key_padding_mask requires grad"):
         ours(x, x, x, bias, need_weights=False)
     ours.fallback = "exact"
     assert gradients([ours(x, x, x, bias, need_weights=False)[0]], [bias])[0].abs().sum() > 0
+
+
+def test_a_mask_that_needs_full_attention_warns_once() -> None:
+    _, ours = pair(config=SPARSE, full_attention_threshold=0)
+    x = inputs(ours, 12, None)[0]
+    mask = torch.zeros(12, 12).double().masked_fill(torch.ones(12, 12).triu(1).bool(), -1e4)
+    warn_of_full_attention.cache_clear()
+    with pytest.warns(UserWarning, match=r"full attention beyond its threshold.*attn_mask is not the causal"):
+        ours(x, x, x, attn_mask=mask, need_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours(x, x, x, attn_mask=mask, need_weights=False)
+        ours(x, x, x)
+        ours(x, x, x, attn_mask=mask.masked_fill(mask != 0, torch.finfo(mask.dtype).min), need_weights=False)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (9, 9), (9, 4), (4, 9), (6, 9, 9)])

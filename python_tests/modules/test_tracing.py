@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -25,17 +27,30 @@ def test_jit_trace_of_multihead_attention_is_refused(threshold: int) -> None:
         torch.jit.trace(layer, (x, x, x))
 
 
-# The choice between full and LSH attention holds for the whole range of lengths of a program.
-@pytest.mark.parametrize(("threshold", "shortest", "longest"), [(16, 17, 128), (2000, 16, 1000)])
+# What a program chooses holds for its whole range of lengths: full attention, LSH attention whose window
+# covers all keys (2 * 64 by default), so that it does not hash, or LSH attention.
+@pytest.mark.parametrize(
+    ("threshold", "shortest", "longest"), [(16, 17, 128), (16, 129, 400), (2000, 16, 1000)]
+)
 def test_multihead_attention_exports_with_a_dynamic_length(
     threshold: int, shortest: int, longest: int
 ) -> None:
     layer = MultiheadAttention(32, 2, batch_first=True, full_attention_threshold=threshold).eval()
-    length = torch.export.Dim("length", min=shortest, max=longest)
-    x = torch.randn(2, 100, 32)
-    shapes = {"query": {1: length}, "key": {1: length}, "value": {1: length}, "need_weights": None}
-    program = torch.export.export(layer, (x, x, x), {"need_weights": False}, dynamic_shapes=shapes)
-    for n in (shortest, 64, longest):
+    program = exported(layer, shortest, longest)
+    for n in (shortest, shortest + 50, longest):
         y = torch.randn(2, n, 32)
         ours = layer(y, y, y, need_weights=False)[0]
-        torch.testing.assert_close(program.module()(y, y, y, need_weights=False)[0], ours)
+        torch.testing.assert_close(program(y, y, y, need_weights=False)[0], ours)
+
+
+def test_a_program_across_the_threshold_is_refused_with_the_range_that_it_could_serve() -> None:
+    layer = MultiheadAttention(32, 2, batch_first=True, full_attention_threshold=80).eval()
+    with pytest.raises(torch._dynamo.exc.UserError, match=r"length = Dim\('length', min=81, max=128\)"):
+        exported(layer, 16, 200)
+
+
+def exported(layer: nn.Module, shortest: int, longest: int) -> Any:
+    length = torch.export.Dim("length", min=shortest, max=longest)
+    x = torch.randn(2, (shortest + longest) // 2, 32)
+    shapes = {"query": {1: length}, "key": {1: length}, "value": {1: length}, "need_weights": None}
+    return torch.export.export(layer, (x, x, x), {"need_weights": False}, dynamic_shapes=shapes).module()

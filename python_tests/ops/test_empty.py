@@ -1,105 +1,18 @@
-"""Every operator, called directly with empty sizes: it refuses or returns, and never ends the process."""
+"""Every operator, called directly with empty sizes: it refuses clearly or returns, and ends no process."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-import reformer_kernels.functional
+from bench.fuzz.calls import SIZES, attention_calls, operator_names, other_calls
+from bench.fuzz.malformed import REFUSALS
 from reformer_kernels import _native
-from reformer_kernels.call import cross_attention_rule, self_attention_rule
-from reformer_kernels.config import LSHConfig
-from reformer_kernels.rule import AttentionRule
-
-assert reformer_kernels.functional is not None  # importing it defines the operators
-
-SIZES = {"B": 1, "H": 2, "L": 8, "K": 8, "D": 4, "V": 4, "R": 2, "S": 3, "C": 5}
-"""Batch, heads, queries, keys, head dimension, values' dimension, rounds, bucket starts, classes."""
-
-
-def floats(*shape: int) -> torch.Tensor:
-    return torch.zeros(shape)
-
-
-def ints(*shape: int) -> torch.Tensor:
-    return torch.zeros(shape, dtype=torch.int32)
-
-
-def longs(*shape: int) -> torch.Tensor:
-    return torch.zeros(shape, dtype=torch.int64)
-
-
-def attention_arguments(n: dict[str, int], rule: AttentionRule, separate: bool) -> tuple[Any, ...]:
-    B, H, L, K, D, V, R, S = (n[name] for name in "BHLKDVRS")
-    keys = K if separate else L
-    own = (ints(B, H, R, K), ints(B, H, R, S)) if separate else (None, None)
-    return (
-        floats(B, H, L, D),
-        floats(B, H, keys, D) if separate else None,
-        floats(B, H, keys, V),
-        torch.arange(L, dtype=torch.int32).expand(B, H, R, L),
-        (torch.arange(S) * L // max(1, S - 1)).int().expand(B, H, R, S),
-        floats(B, keys),
-        None,
-        list(rule),
-        1.0,
-        0.0,
-        *own,
-    )
-
-
-def attention_calls(n: dict[str, int]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    out, lse = floats(n["B"], n["H"], n["L"], n["V"]), floats(n["B"], n["H"], n["L"])
-    config = LSHConfig(chunk_length=4)
-    self_rule, cross_rule = self_attention_rule(config, 8), cross_attention_rule(config, 8)
-    for rule, separate in (
-        (self_rule, False),
-        (self_rule._replace(ring=True), False),
-        (self_rule._replace(chunk_length=0), False),
-        (cross_rule, True),
-    ):
-        arguments = attention_arguments(n, rule, separate)
-        for kind in ("native", "triton"):
-            yield f"{kind}_attention", arguments
-            yield f"{kind}_attention_backward", (out, lse, out, lse, *arguments)
-
-
-def other_calls(n: dict[str, int]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    B, H, L, D, R, C = (n[name] for name in "BHLDRC")
-    for kind in ("native", "triton"):
-        yield f"{kind}_sample_rotations", (torch.tensor(0), H, D, R, C)
-        for factors, span, length in (([4], 0, None), ([], 4, None), ([], 4, 0), ([], 0, 0)):
-            x, rotations = floats(B, H, L, D), floats(H, D, R, 8)
-            yield (
-                f"{kind}_lsh_hash",
-                (x, rotations, factors, span, torch.zeros(B, L, dtype=torch.bool), length),
-            )
-            yield f"{kind}_lsh_hash", (x, None, factors, span, None, length, torch.tensor(0), R)
-        for norm in ("none", "layer", "rms"):
-            stream = floats(B, L, C)
-            step = (stream, floats(B, L, C), 1, None, None, torch.float32, norm, None, None, 1e-5)
-            yield f"{kind}_residual_step", step
-    for buckets, starts in ((2, 3), (0, 1), (2, 0), (0, 0)):
-        for kind in ("native", "triton"):
-            yield f"{kind}_bucket_sort", (ints(B, H, R, L), buckets, starts)
-    x, weight, target = floats(L, D), floats(C, D), longs(L)
-    for chunk in (4, 0):
-        loss = (x, weight, target, floats(C), None, -100, 0.0, 0.0, chunk)
-        yield "linear_cross_entropy_sum", (*loss, [True, True, True])
-        yield "linear_cross_entropy_rows", loss
-        yield "linear_cross_entropy_rows_backward", (floats(L), *loss, [True, True, True])
-        w1, w2 = floats(C, D), floats(D, C)
-        rest = (None, "gelu", 0.0, chunk)
-        yield "chunked_feed_forward", (floats(L, D), w1, floats(C), w2, floats(D), *rest)
-        needs = [True] * 5
-        yield "chunked_feed_forward_backward", (floats(L, D), floats(L, D), w1, floats(C), w2, *rest, needs)
-    yield "linear_cross_entropy_scale", (floats(L, D), torch.tensor(1.0), x, torch.float32)
 
 
 def all_sizes() -> Iterator[dict[str, int]]:
@@ -134,22 +47,32 @@ def main() -> None:
     called = set()
     for n in all_sizes():
         for calls in (attention_calls, other_calls):
-            each: Callable[[dict[str, int]], Iterator[tuple[str, tuple[Any, ...]]]] = calls
-            for name, arguments in each(n):
+            for name, arguments in calls(n):
                 print(name, [list(x.shape) if isinstance(x, torch.Tensor) else x for x in arguments])
                 sys.stdout.flush()
                 called.add(name)
                 try:
                     getattr(torch.ops.reformer_kernels, name)(*arguments)
-                except Exception as refusal:
+                except REFUSALS as refusal:
                     print("  refused:", refusal)
-    defined = {
-        schema.name.split("::")[1]
-        for schema in torch._C._jit_get_all_schemas()
-        if schema.name.startswith("reformer_kernels::")
-    }
-    assert called == defined, called ^ defined
+    assert called == operator_names(), called ^ operator_names()
     print("finished")
+
+
+@pytest.mark.parametrize(
+    ("classes", "chunk_size", "message"),
+    [(0, 4, "at least one class"), (5, 0, "chunk_size must be a positive number of rows, got 0")],
+)
+def test_operators_of_the_loss_say_what_is_empty(classes: int, chunk_size: int, message: str) -> None:
+    operators, needs = torch.ops.reformer_kernels, [True, True, True]
+    weight, target = torch.zeros(classes, 3), torch.zeros(2, dtype=torch.int64)
+    loss = (torch.zeros(2, 3), weight, target, None, None, -100, 0.1, 0.0, chunk_size)
+    with pytest.raises(ValueError, match=message):
+        operators.linear_cross_entropy_sum(*loss, needs)
+    with pytest.raises(ValueError, match=message):
+        operators.linear_cross_entropy_rows(*loss)
+    with pytest.raises(ValueError, match=message):
+        operators.linear_cross_entropy_rows_backward(torch.zeros(2), *loss, needs)
 
 
 def test_no_operator_ends_the_process_on_empty_sizes() -> None:

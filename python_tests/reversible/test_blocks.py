@@ -26,6 +26,7 @@ from python_tests.reversible.cases import (
 from reformer_kernels.benchmarks.memory import peak_allocated
 from reformer_kernels.reversible import remember
 from reformer_kernels.reversible.blocks import ReversibleBlock, ReversibleSequence
+from reformer_kernels.reversible.recomputation import RandomStateStore
 
 # Numbers
 
@@ -275,6 +276,23 @@ def test_random_state_goes_on_as_if_nothing_had_been_recomputed() -> None:
         return [*states, torch.get_rng_state()]
 
     assert all(map(torch.equal, after(layers), after(layers.plain)))
+
+
+def test_the_states_of_a_run_lie_in_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one they would lie between activations, and keep the heap from giving their memory back."""
+    kept: list[Tensor] = []
+    keep = RandomStateStore.keep
+    monkeypatch.setattr(RandomStateStore, "keep", lambda store: kept.append(keep(store)) or kept[-1])
+    sequence(5, 0.3)(streams())
+    assert len(kept) == 10 and len({state.untyped_storage().data_ptr() for state in kept}) == 1
+    store = RandomStateStore(2)  # a block that a hook calls again needs more than was foreseen
+    states = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        states.append(store.keep())
+    for seed, state in enumerate(states):
+        torch.manual_seed(seed)
+        assert torch.equal(state, torch.get_rng_state())
 
 
 def test_without_random_state_dropout_differs() -> None:

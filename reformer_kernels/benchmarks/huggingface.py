@@ -1,4 +1,5 @@
-"""The calls of the benchmarks of transformers' Reformer before and after `hf.accelerate`.
+"""The calls of the benchmarks of transformers' models: Reformers before and after `hf.accelerate`, and others
+with full attention and with LSH attention by name.
 
 Both rows of a table are one model and its copy, on the same input. Layers include their projections; models
 everything from tokens to the loss. transformers is imported only when a call is built.
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reformer_kernels import hf
+from reformer_kernels import LSHConfig, hf
 from reformer_kernels.benchmarks.calls import Call, Trained, hidden_states, module_call, seeded
 from reformer_kernels.benchmarks.checks import Agreement, Calls
 from reformer_kernels.benchmarks.peers import axial_shape, need_multiple, quiet_transformers
@@ -108,6 +109,49 @@ def build_model(name: str, sizes: Sizes) -> Call:
     def train() -> Trained:
         with quiet_transformers():
             model.train()(tokens, labels=tokens, use_cache=False).loss.backward()
+        return Trained([])
+
+    return Call(name, sizes, forward, train, train_phase="training step", inputs=[tokens])
+
+
+FULL, LSH = "sdpa", "lsh"
+
+OTHER_MODELS = ("llama", "bert")
+"""A decoder whose 8 heads share 2 heads of keys, and an encoder."""
+
+
+def build_other_model(name: str, sizes: Sizes) -> Call:
+    """Two layers of another architecture, to the last hidden states, and their gradients."""
+    import transformers
+
+    options: dict[str, Any] = {
+        "hidden_size": sizes.width,
+        "num_hidden_layers": int(sizes.layers),
+        "num_attention_heads": sizes.heads,
+        "intermediate_size": 2 * sizes.width,
+        "vocab_size": 256,
+        "max_position_embeddings": sizes.length,
+    }
+    config = LSHConfig(n_hashes=sizes.n_hashes, chunk_length=sizes.chunk_length)
+    hf.register_attention(LSH, hf.AttentionOptions(config))
+    with seeded():
+        if sizes.variant == "llama":
+            key_heads = max(1, sizes.heads // 4)
+            llama = transformers.LlamaConfig(**options, num_key_value_heads=key_heads, pad_token_id=0)
+            model: Any = transformers.LlamaModel(llama)
+        else:
+            options |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+            model = transformers.BertModel(transformers.BertConfig(**options))
+        tokens = torch.randint(256, (sizes.batch, sizes.length)).to(sizes.device)
+    model = model.to(sizes.device, sizes.torch_dtype)
+    model.set_attn_implementation(name)
+
+    def forward() -> Sequence[Tensor]:
+        with torch.no_grad():
+            return [model.eval()(tokens)[0]]
+
+    def train() -> Trained:
+        model.train()(tokens)[0].square().mean().backward()
         return Trained([])
 
     return Call(name, sizes, forward, train, train_phase="training step", inputs=[tokens])

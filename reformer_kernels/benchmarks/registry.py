@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from reformer_kernels.benchmarks import checks, huggingface, kernels, layers, models
+from reformer_kernels.benchmarks import checks, decoding, huggingface, kernels, layers, models
 from reformer_kernels.benchmarks.calls import Call
 from reformer_kernels.benchmarks.checks import Agreement, Calls
 from reformer_kernels.benchmarks.peers import FULL_ATTENTION
@@ -222,6 +222,26 @@ _ENTRIES = (
         peers=_REFORMERS,
     ),
     Operation(
+        "generate",
+        "One more token of a language model: a step of cached generation, beside the model's own call.",
+        {
+            "seq_lens": "1024,32768",
+            "batch": 1,
+            "heads": 4,
+            "width": 256,
+            "layers": "6",
+            "variants": "chunks,bucket",
+            **_HASHING,
+        },
+        decoding.build_step,
+        ours=(decoding.CACHED,),
+        baselines=(decoding.WHOLE,),
+        variants=tuple(decoding.RULES),
+        variant_title="windows of the LSH layers",
+        check=decoding.check_step,
+        note="Tokens a second are the batch divided by the time of a step.",
+    ),
+    Operation(
         "mha",
         "Multi-head attention that replaces nn.MultiheadAttention, by default and always hashing.",
         {"seq_lens": "128,512,1024,2048,4096", "batch": 1, "heads": 8, "width": 512, **_HASHING},
@@ -269,6 +289,27 @@ _ENTRIES = (
         baselines=(huggingface.ORIGINAL,),
         variants=tuple(huggingface.MODELS),
         variant_title="sizes of the model",
+        package="hf",
+    ),
+    Operation(
+        "transformers",
+        "Other models of transformers, with full attention and with LSH attention by hf.register_attention.",
+        {
+            "seq_lens": "2048,8192",
+            "batch": 1,
+            "heads": 8,
+            "width": 512,
+            "layers": "2",
+            "variants": "llama,bert",
+            **_HASHING,
+        },
+        huggingface.build_other_model,
+        ours=(huggingface.LSH,),
+        baselines=(huggingface.FULL,),
+        variants=huggingface.OTHER_MODELS,
+        variant_title="architectures",
+        hash_free=(huggingface.FULL,),
+        memory="resident",
         package="hf",
     ),
 )

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from reformer_kernels._files import write_atomically
 from reformer_kernels._limits import KERNEL_DTYPES, MAX_HEAD_DIM, MAX_LENGTH
@@ -25,90 +24,133 @@ from reformer_kernels.cli.arguments import (
     usage_error,
     writable_file,
 )
+from reformer_kernels.cli.inspect_tables import code_table, crossings_table, times_table, to_json
 from reformer_kernels.config import MAX_CHUNK_LENGTH, MAX_HASHES
-from reformer_kernels.gpu import cost_model, machine_code
-from reformer_kernels.gpu.architectures import ARCHITECTURES, CHIPS
-from reformer_kernels.gpu.machine_code import Inspected, Request
-from reformer_kernels.gpu.specializations import HEAD_DIMS, OPERATIONS, OPTIONS
+from reformer_kernels.gpu import machine_code, prediction
+from reformer_kernels.gpu.architectures import ARCHITECTURES
+from reformer_kernels.gpu.cost_model import Shape
+from reformer_kernels.gpu.machine_code import Request
+from reformer_kernels.gpu.prediction import Prediction, Question
+from reformer_kernels.gpu.presets import PRESETS
+from reformer_kernels.gpu.specializations import OPERATIONS, OPTIONS, WITH_PRESETS
 from reformer_kernels.models.config import MAX_SIZE
 
 SCHEMA = 1
+DEFAULT_HEAD_DIM = 64
+SHAPE = {
+    "L": ("length", MAX_LENGTH),
+    "H": ("heads", MAX_SIZE),
+    "D": ("head_dim", MAX_HEAD_DIM),
+    "hashes": ("n_hashes", MAX_HASHES),
+    "chunk": ("chunk_length", MAX_CHUNK_LENGTH),
+}
+"""The parts of --shape: their names in `Shape` and the largest value of each."""
+
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in KERNEL_DTYPES}
 
 
 def inspect(
     arch: Annotated[
-        str, typer.Option(help=f"Architectures, separated by commas: {', '.join(ARCHITECTURES)}.")
+        str, typer.Option(help=f"Architectures, separated by commas, or all: {', '.join(ARCHITECTURES)}.")
     ] = "sm_90",
     op: Annotated[
         str | None,
         typer.Option(help=f"Operations: {', '.join(OPERATIONS)}.", show_default="all"),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Dtypes of the tensors, separated by commas.")] = ",".join(
-        DTYPES
-    ),
-    head_dim: Annotated[str, typer.Option(help="Head dimensions, separated by commas.")] = ",".join(
-        map(str, HEAD_DIMS)
-    ),
+    dtype: Annotated[
+        str, typer.Option(help=f"Dtypes of the tensors, separated by commas, or all: {', '.join(DTYPES)}.")
+    ] = "bfloat16",
+    head_dim: Annotated[
+        str | None,
+        typer.Option(help="Head dimensions, separated by commas.", show_default=str(DEFAULT_HEAD_DIM)),
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(help=f"Kinds of attention, separated by commas: {', '.join(PRESETS)}.")
+    ] = "all",
     options: Annotated[
-        str, typer.Option(help="off: the least that a kernel can do; all: all of its options at once.")
-    ] = "off,all",
-    heads: Annotated[int, typer.Option(help="Batch times heads, for the predicted time.")] = 8,
-    seq_len: Annotated[int, typer.Option(help="Sequence length, for the predicted time.")] = 16384,
-    hashes: Annotated[int, typer.Option(help="Hash rounds, for the predicted time.")] = 4,
-    chunk: Annotated[int, typer.Option(help="Chunk length, for the predicted time.")] = 64,
+        str | None,
+        typer.Option(
+            help="off: no padding and no dropout; all: every option of a kernel at once.",
+            show_default=",".join(OPTIONS),
+        ),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="L=16384,H=8,D=64,hashes=4",
+            help="Predict the times of attention on this shape: tokens, batch times heads, head dimension, "
+            "hash rounds and chunk (64). Every part has a default.",
+        ),
+    ] = None,
     processes: Annotated[
         int | None, typer.Option(help="Processes that compile at once.", show_default="cores")
+    ] = None,
+    dump: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write each kernel's PTX, machine code and what was counted in it."),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write everything to a JSON file.")
     ] = None,
 ) -> None:
-    """Compile every Triton kernel and show its machine code: registers, spills, tensor cores, loads.
+    """Compile Triton kernels and show their machine code: registers, spills, loads, and what it costs.
 
-    No GPU is needed. Faults of a kernel (spills, products without tensor cores, narrow loads, too much shared
-    memory) are listed, and then the exit code is 1. Times are predicted from bytes and products.
+    No GPU is needed. Faults of a kernel (spills, products without tensor cores, narrow loads or stores, too
+    much shared memory) are listed, and then the exit code is 1. Cycles and times are predicted from the
+    machine code, never measured.
     """
     architectures = _at_least_one("--arch", arch, ARCHITECTURES)
-    operations = OPERATIONS if op is None else _at_least_one("--op", op, OPERATIONS)
+    presets = _at_least_one("--preset", preset, tuple(PRESETS))
+    dtypes = [DTYPES[name] for name in _at_least_one("--dtype", dtype, tuple(DTYPES))]
+    given = {"--op": op, "--head-dim": head_dim, "--options": options}
+    unwanted = [name for name, value in given.items() if value is not None and shape is not None]
+    if unwanted:
+        raise usage_error(
+            f"{unwanted[0]} cannot be given with --shape, which predicts whole calls of attention"
+        )
+    sizes = None if shape is None else parse_shape(shape)
     requests = [
-        Request(architecture, DTYPES[name], size, level, (operation,))
+        Request(architecture, one, size, level, (operation,), (kind,), dump=dump)
         for architecture in architectures
-        for operation in operations
-        for name in _at_least_one("--dtype", dtype, tuple(DTYPES))
-        for size in integers("--head-dim", head_dim)
-        for level in _at_least_one("--options", options, OPTIONS)
+        for operation in (OPERATIONS if op is None else _at_least_one("--op", op, OPERATIONS))
+        for kind in (presets if operation in WITH_PRESETS else presets[:1])
+        for one in dtypes
+        for size in integers("--head-dim", head_dim or str(DEFAULT_HEAD_DIM), most=MAX_HEAD_DIM)
+        for level in (OPTIONS if options is None else _at_least_one("--options", options, OPTIONS))
     ]
-    for request in requests:
-        positive("--head-dim", request.head_dim, most=MAX_HEAD_DIM)
-    shape = cost_model.Shape(
-        heads=positive("--heads", heads, MAX_SIZE),
-        length=positive("--seq-len", seq_len, MAX_LENGTH),
-        n_hashes=positive("--hashes", hashes, MAX_HASHES),
-        chunk_length=positive("--chunk", chunk, MAX_CHUNK_LENGTH),
-    )
     workers = positive(
         "--processes", processes if processes is not None else os.cpu_count() or 1, MAX_THREADS
     )
     writable_file("--json", json_file)
+    if dump is not None:
+        _make_folder("--dump", dump)
     reason = machine_code.unavailable()
     if reason is not None:
         raise usage_error(f"kernels cannot be compiled here: {reason}")
-    inspected: list[Inspected] = []
-    with Console(stderr=True).status("compiling") as status:
-        for done, kernels in enumerate(machine_code.inspect_all(requests, workers), start=1):
-            inspected += kernels
-            status.update(f"compiling: {done} of {len(requests)}")
-    floors = [
-        _floor(operation, architecture, dataclasses.replace(shape, head_dim=size, bits=bits))
-        for architecture in architectures
-        for operation in cost_model.OPERATIONS
-        for size, bits in dict.fromkeys((r.head_dim, r.dtype.itemsize * 8) for r in requests)
-    ]
+    predictions: list[Prediction] = []
+    if sizes is not None:
+        questions = [
+            Question(architecture, kind, one, dataclasses.replace(sizes, bits=8 * one.itemsize), dump)
+            for architecture in architectures
+            for kind in presets
+            for one in dtypes
+        ]
+        predictions = _in_processes("predicting", prediction.answer, questions, workers)
+        kernels = [list(one.kernels) for one in predictions]
+    else:
+        kernels = _in_processes("compiling", machine_code.inspect, requests, workers)
+    inspected = [row for rows in kernels for row in rows]
     console = new_console()
     for architecture in architectures:
-        console.print(_code_table(architecture, inspected))
-        console.print(_floor_table(architecture, shape, floors))
+        console.print(code_table(architecture, inspected))
+        mine = [one for one in predictions if one.question.architecture == architecture]
+        if mine:
+            console.print(times_table(architecture, mine))
+        compared = [one for one in mine if one.crossings]
+        if compared:
+            console.print(crossings_table(compared))
     for row in inspected:
         for fault in row.faults:
             console.print(f"[bold red]FAULT[/] {row.code}: {fault}", highlight=False)
@@ -119,7 +161,7 @@ def inspect(
             "versions": machine.versions(),
             "units": {"registers": "a thread", "spill_bytes": "a thread", "shared_bytes": "a block"},
             "kernels": [row.code.to_json() | {"faults": row.faults} for row in inspected],
-            "predicted": floors,
+            "predicted": [to_json(one) for one in predictions],
         }
         write_atomically(json_file, json.dumps(document, indent=1) + "\n")
         console.print(f"Wrote {json_file}")
@@ -127,79 +169,45 @@ def inspect(
         raise typer.Exit(1)
 
 
+def parse_shape(text: str) -> Shape:
+    """The shape that --shape gives, such as L=16384,H=8,D=64,hashes=4; what is left out has its default."""
+    most = {name: limit for name, (_, limit) in SHAPE.items()}
+    fields: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, value = (word.strip() for word in part.partition("="))
+        if name not in SHAPE or not equals or not value.isdecimal():
+            raise usage_error(
+                f"--shape must be positive integers named {', '.join(SHAPE)}, such as "
+                f"L=16384,H=8,D=64,hashes=4, got {part.strip()!r}"
+            )
+        if SHAPE[name][0] in fields:
+            raise usage_error(f"--shape gives {name} twice")
+        fields[SHAPE[name][0]] = positive(f"--shape {name}", int(value), most[name])
+    return dataclasses.replace(Shape(), **fields)
+
+
+def _in_processes(
+    doing: str, work: Callable[[Asked], Answer], asked: Sequence[Asked], processes: int
+) -> list[Answer]:
+    answers: list[Answer] = []
+    with Console(stderr=True).status(doing) as status:
+        for answer in machine_code.in_processes(work, asked, processes):
+            answers.append(answer)
+            status.update(f"{doing}: {len(answers)} of {len(asked)}")
+    return answers
+
+
+def _make_folder(name: str, path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise usage_error(f"{name}: {path} cannot be made a folder ({error.strerror})") from error
+
+
 def _at_least_one(name: str, text: str, accepted: Sequence[str]) -> tuple[str, ...]:
+    if text.strip() == "all" and "all" not in accepted:
+        return tuple(accepted)
     values = choices(name, text, accepted)
     if not values:
         raise usage_error(f"{name} must name at least one of {', '.join(accepted)}")
     return values
-
-
-def _floor(operation: str, architecture: str, shape: cost_model.Shape) -> dict[str, Any]:
-    rates = CHIPS[architecture].rates
-    floor = cost_model.floor(operation, shape, rates)
-    return {
-        "operation": operation,
-        "architecture": architecture,
-        "device": rates.device,
-        "rates": "measured" if rates.measured else "data sheet",
-        **dataclasses.asdict(shape),
-        "bytes": floor.bytes,
-        "operations": floor.operations,
-        "predicted_seconds": floor.seconds,
-        "bound_by": floor.bound,
-    }
-
-
-def _code_table(architecture: str, inspected: Sequence[Inspected]) -> Table:
-    table = Table(title=f"Machine code, {architecture}", title_justify="left")
-    for title in ("kernel", "dtype"):
-        table.add_column(title, no_wrap=True)
-    for title in ("D", "options", "tile", "registers", "spill\nbytes", "shared\nbytes", "resident\nblocks"):
-        table.add_column(title, justify="right")
-    for title in ("occupancy", "limited by", "tensor-core\ninstructions", "loads by bytes", "faults"):
-        table.add_column(title)
-    previous = None
-    for row in inspected:
-        code = row.code
-        if code.architecture != architecture:
-            continue
-        if previous not in (None, (code.kernel, code.dtype)):
-            table.add_section()
-        first = previous != (code.kernel, code.dtype)
-        previous = (code.kernel, code.dtype)
-        table.add_row(
-            *((code.kernel, code.dtype) if first else ("", "")),
-            str(code.head_dim),
-            code.options,
-            str(code.tile or f"w{code.warps}"),
-            *map(str, (code.registers, code.spill_bytes, code.shared_bytes, code.resident_blocks)),
-            f"{100 * code.occupancy:.0f} %",
-            code.limited_by,
-            ", ".join(f"{count} {name}" for name, count in code.tensor_core_instructions.items()) or "none",
-            ", ".join(f"{width}: {count}" for width, count in reversed(code.loads.items())) or "none",
-            f"[bold red]{len(row.faults)}[/]" if row.faults else "",
-        )
-    return table
-
-
-def _floor_table(architecture: str, shape: cost_model.Shape, floors: Sequence[dict[str, Any]]) -> Table:
-    rates = CHIPS[architecture].rates
-    basis = "measured rates" if rates.measured else "the data sheet's rates"
-    table = Table(
-        title=f"Predicted least time on an {rates.device} at {basis}: {shape.heads} heads, "
-        f"L = {shape.length}, {shape.n_hashes} rounds, chunk {shape.chunk_length}",
-        title_justify="left",
-    )
-    for title in ("operation", "bits", "D", "bytes", "operations", "predicted", "bound by"):
-        table.add_column(title, justify="left" if title in ("operation", "bound by") else "right")
-    for row in floors:
-        if row["architecture"] == architecture:
-            table.add_row(
-                row["operation"],
-                *map(str, (row["bits"], row["head_dim"])),
-                f"{row['bytes'] / 1e6:.1f} M",
-                f"{row['operations'] / 1e9:.2f} G",
-                f"{row['predicted_seconds'] * 1e6:.1f} us",
-                row["bound_by"],
-            )
-    return table

@@ -32,6 +32,7 @@ from reformer_kernels.functional.hashing import (
     sample_rotations,
 )
 from reformer_kernels.functional.loss import linear_cross_entropy
+from reformer_kernels.functional.sliding_window import sliding_window_attention
 
 __all__ = [
     "attend",
@@ -45,4 +46,5 @@ __all__ = [
     "lsh_hash",
     "lsh_layout",
     "sample_rotations",
+    "sliding_window_attention",
 ]

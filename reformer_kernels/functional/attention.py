@@ -96,6 +96,9 @@ def attend(
             query-keys see their own position only where they see nothing else; with k given they may see it.
         key_padding_mask: (B, L) bool, True = padding: such a key is not seen and is read as zeros. Or a float
             bias that is added to the logits of its key, -inf or NaN = padding; it carries no gradient.
+            Kernels take gradients from a float32 log-sum-exp, so those of a query are inexact where all its
+            keys have biases of -1e4 or beyond (as in flash attention of torch 2.14 on the CPU): mark padding
+            by True.
         dropout_p: the dropout of the probabilities, in [0, 1); the same for the same seed in every back end.
         seed: of the dropout: an int, an int64 tensor of one element, or None for one drawn from torch's
             generator.
@@ -321,7 +324,14 @@ def local_attention(
     check_dropout(dropout_p)
     check_flag("return_lse", return_lse)
     call = self_attention_call(
-        config, q, shared_qk=False, mask=mask, dropout_p=dropout_p, seed=seed, backend=backend
+        config,
+        q,
+        shared_qk=False,
+        by_position=True,
+        mask=mask,
+        dropout_p=dropout_p,
+        seed=seed,
+        backend=backend,
     )
     out, lse = attention(q, k, v, layout_by_position(q), call)
     return (out, lse) if return_lse else out

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reformer_kernels._checks import autocast, check_dropout, refuse_forward_mode
+from reformer_kernels._checks import autocast, check_dropout, refuse_transforms
 from reformer_kernels._random import Seed, resolve_seed
 from reformer_kernels.functional.chunk_arguments import check_device, check_floating, rows_per_chunk
 from reformer_kernels.ops.feed_forward import op as op  # registers the operators
@@ -109,7 +109,7 @@ def chunked_feed_forward(
     for name, bias, width in (("b1", b1, w1.size(0)), ("b2", b2, w2.size(0))):
         if bias is not None and tuple(bias.shape) != (width,):
             raise ValueError(f"{name} must be ({width},), got {tuple(bias.shape)}")
-    refuse_forward_mode(
+    refuse_transforms(
         "chunked_feed_forward has", "torch.nn.functional's linear and activation", x, w1, b1, w2, b2
     )
     flat = x.reshape(-1, x.size(-1))

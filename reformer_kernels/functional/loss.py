@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from reformer_kernels._checks import check_tensor, refuse_forward_mode
+from reformer_kernels._checks import check_tensor, refuse_transforms, without_transforms
 from reformer_kernels._precision import wide_dtype
 from reformer_kernels.functional.chunk_arguments import check_device, check_floating, rows_per_chunk
 from reformer_kernels.ops.linear_cross_entropy import op as op  # registers the operators
@@ -130,7 +130,7 @@ def linear_cross_entropy(
         raise ValueError(
             "class_weights get no gradient, got a tensor that requires one; pass class_weights.detach()"
         )
-    refuse_forward_mode(
+    refuse_transforms(
         "linear_cross_entropy has", "F.cross_entropy(F.linear(x, weight, bias), target)", x, weight, bias
     )
     flat, flat_target = x.reshape(-1, x.size(-1)), target.reshape(-1)
@@ -143,7 +143,7 @@ def linear_cross_entropy(
         )
         return losses.reshape(target.shape)
     needs = [
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        torch.is_grad_enabled() and tensor is not None and without_transforms(tensor).requires_grad
         for tensor in (x, weight, bias)
     ]
     total: Tensor = operators.linear_cross_entropy_sum(

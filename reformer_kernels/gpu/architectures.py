@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +54,12 @@ class Chip:
         reserved_bytes: what the system keeps of each block's shared memory.
         tensor_memory: columns of tensor memory, 0 where there is none.
         tensor_core: how the names of its tensor-core instructions begin.
-        instructions: warp instructions that the chip issues a second (multiprocessors * 4 * clock).
+        multiprocessors, clock: how many there are, and their cycles a second under load.
+        tensor_operations: operations of products of 16-bit numbers that one multiprocessor carries out in a
+            cycle; half as many of 32-bit ones.
+        vector_cycles: the cycles that a partition takes to issue one vector instruction of a warp.
+        cache_bytes: the second-level cache (on AMD the one that all dies share). cache_rate: bytes that it
+            reads or writes a second.
         rates: what the chip moves and multiplies.
     """
 
@@ -65,8 +73,13 @@ class Chip:
     reserved_bytes: int
     tensor_memory: int
     tensor_core: str
-    instructions: float
+    multiprocessors: int
+    clock: float
+    tensor_operations: float
+    cache_bytes: int
+    cache_rate: float
     rates: Rates
+    vector_cycles: int = 1
 
     @property
     def lanes(self) -> int:
@@ -86,7 +99,11 @@ CHIPS: Mapping[str, Chip] = {
         reserved_bytes=KIB,
         tensor_memory=0,
         tensor_core="HMMA",
-        instructions=6.1e11,
+        multiprocessors=108,
+        clock=1.41e9,
+        tensor_operations=2048,
+        cache_bytes=40 * KIB * KIB,
+        cache_rate=5.0e12,
         rates=Rates("A100 80GB", 2.04e12, 312e12, 156e12, measured=False),
     ),
     "sm_90": Chip(
@@ -100,7 +117,11 @@ CHIPS: Mapping[str, Chip] = {
         reserved_bytes=KIB,
         tensor_memory=0,
         tensor_core="HGMMA",
-        instructions=9.2e11,
+        multiprocessors=132,
+        clock=1.75e9,
+        tensor_operations=4096,
+        cache_bytes=50 * KIB * KIB,
+        cache_rate=5.5e12,
         rates=Rates("H100", 3.0e12, 790e12, 395e12, measured=True),
     ),
     "sm_100": Chip(
@@ -114,7 +135,11 @@ CHIPS: Mapping[str, Chip] = {
         reserved_bytes=KIB,
         tensor_memory=512,
         tensor_core="UTCHMMA",
-        instructions=1.1e12,
+        multiprocessors=148,
+        clock=1.85e9,
+        tensor_operations=8192,
+        cache_bytes=126 * KIB * KIB,
+        cache_rate=10e12,
         rates=Rates("B200", 8.0e12, 2250e12, 1125e12, measured=False),
     ),
     "gfx942": Chip(
@@ -128,8 +153,13 @@ CHIPS: Mapping[str, Chip] = {
         reserved_bytes=0,
         tensor_memory=0,
         tensor_core="v_mfma",
-        instructions=2.5e12,
+        multiprocessors=304,
+        clock=2.1e9,
+        tensor_operations=2048,
+        cache_bytes=256 * KIB * KIB,
+        cache_rate=11.9e12,
         rates=Rates("MI300X", 5.3e12, 1307e12, 653e12, measured=False),
+        vector_cycles=4,
     ),
 }
 
@@ -140,6 +170,36 @@ INTERPRETER = "interpreter"
 """The architecture of Triton's interpreter, whose small tiles make small tests cross tile borders."""
 
 
+_ASSUMED: ContextVar[str | None] = ContextVar("assumed architecture", default=None)
+
+
+@contextlib.contextmanager
+def assumed_architecture(architecture: str) -> Iterator[None]:
+    """Within the block, the "meta" device counts as one of this architecture."""
+    token = _ASSUMED.set(architecture)
+    try:
+        yield
+    finally:
+        _ASSUMED.reset(token)
+
+
+def cache_and_multiprocessors(device: torch.device) -> tuple[int, int]:
+    """The bytes of a CUDA or ROCm device's last-level cache and the number of its multiprocessors.
+
+    Those of the assumed architecture for the "meta" device, see `assumed_architecture`.
+    """
+    if device.type == "meta":
+        chip = CHIPS[architecture_of(device)]
+        return chip.cache_bytes, chip.multiprocessors
+    return _device_limits(device)
+
+
+@functools.cache
+def _device_limits(device: torch.device) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "L2_cache_size", 40 * 2**20), properties.multi_processor_count
+
+
 def architecture_of(device: torch.device | str) -> str:
     """The architecture whose tiles suit `device`: one of `ARCHITECTURES`, or "interpreter".
 
@@ -148,6 +208,9 @@ def architecture_of(device: torch.device | str) -> str:
     Raises RuntimeError for devices that cannot run the Triton kernels.
     """
     device = torch.device(device)
+    assumed = _ASSUMED.get()
+    if assumed is not None and device.type == "meta":
+        return assumed
     if interpreted():
         return INTERPRETER
     if device.type != "cuda":

@@ -58,9 +58,14 @@ def floor(operation: str, shape: Shape, rates: Rates, *, rounds_reuse: bool = Tr
 
 
 def _hash(shape: Shape, rounds_reuse: bool) -> tuple[float, float]:
-    columns = sum(automatic_factors(shape.length, shape.chunk_length)) // 2
+    columns = rotation_columns(shape)
     moved = shape.bits / 8 * shape.head_dim + 4 * shape.n_hashes
     return shape.rows * moved, 2.0 * shape.rows * shape.head_dim * columns * shape.n_hashes
+
+
+def rotation_columns(shape: Shape) -> int:
+    """The columns of a round's rotations that automatic bucket factors need."""
+    return sum(automatic_factors(shape.length, shape.chunk_length)) // 2
 
 
 def _sort(shape: Shape, rounds_reuse: bool) -> tuple[float, float]:

@@ -1,18 +1,19 @@
 """The machine code of kernels, compiled and read with no device present.
 
 `read(specialization)` compiles one kernel for its architecture and returns a `MachineCode`: registers,
-spills, shared memory, how many blocks fit a multiprocessor, tensor-core instructions and the widths of loads.
+spills, shared memory, how many blocks fit a multiprocessor, tensor-core instructions, the widths of loads and
+stores, and what the instructions cost (`instruction_issue`).
 `faults` lists what is wrong with it. Triton's wheel comes with NVIDIA's disassembler; the AMD compiler writes
 the same facts into its assembly.
 """
 
 from __future__ import annotations
 
+import json
 import re
-import subprocess
-import tempfile
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
@@ -22,16 +23,35 @@ from typing import Any, TypeVar
 import torch
 
 from reformer_kernels._backend import interpreted
+from reformer_kernels._files import write_atomically
 from reformer_kernels.gpu import tiles
 from reformer_kernels.gpu.architectures import CHIPS, KIB, PARTITIONS, Chip
-from reformer_kernels.gpu.specializations import OPERATIONS, Specialization, all_specializations
+from reformer_kernels.gpu.disassembly import (
+    Listing,
+    disassembler,
+    load_width,
+    read_amdgcn,
+    read_cubin,
+    store_width,
+    tcgen05_descriptors,
+)
+from reformer_kernels.gpu.instruction_issue import TENSOR_CORE, IssueCount, Machine, count
+from reformer_kernels.gpu.specializations import OPERATIONS, ROUNDS, Specialization, all_specializations
 
 Value = TypeVar("Value", int, str)
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
 
 SMALL_SHARED_BYTES = 99 * KIB
 """The shared memory that a block may use on compute capability 8.6, 8.9 and 12.x, which run sm_80's tiles."""
 
-TENSOR_CORE = re.compile(r"^(HMMA|HGMMA|UTC\w*MMA|IMMA|v_mfma)")
+
+NARROW_STORES = 0.25
+"""The bytes that a kernel which stores rows may store narrowly beside each byte of wide stores: it also
+stores one number a row, such as the log-sum-exp."""
+
+WARP_STORE_BYTES = 512
+"""What a warp stores at once where it stores rows: 16 bytes a thread on NVIDIA, 8 on AMD."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +59,7 @@ class MachineCode:
     """One compiled kernel.
 
     Attributes:
-        kernel, architecture, dtype, head_dim, options, tile: what it was compiled for.
+        kernel, preset, architecture, dtype, head_dim, options, tile: what it was compiled for.
         warps: warps of a block.
         registers: registers of a thread.
         spill_bytes: local memory (scratch) of a thread.
@@ -50,10 +70,13 @@ class MachineCode:
         tensor_core_instructions: the number of tensor-core instructions in the code, by kind.
         loads: the number of instructions that load from device memory (to registers or shared memory), by the
             bytes that one thread loads.
+        stores: the same of the instructions that store to device memory.
         instructions: the number of instructions in the code.
+        issue: what they cost a multiprocessor: see `instruction_issue`. Predicted.
     """
 
     kernel: str
+    preset: str | None
     architecture: str
     dtype: str
     head_dim: int
@@ -68,17 +91,23 @@ class MachineCode:
     limited_by: str
     tensor_core_instructions: dict[str, int]
     loads: dict[int, int]
+    stores: dict[int, int]
     instructions: int
+    issue: IssueCount
 
     def __str__(self) -> str:
+        kind = f" {self.preset}" if self.preset else ""
         return (
-            f"{self.kernel} {self.dtype} D={self.head_dim} options {self.options} on {self.architecture}, "
-            f"{self.tile}"
+            f"{self.kernel}{kind} {self.dtype} D={self.head_dim} options {self.options} "
+            f"on {self.architecture}, {self.tile}"
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON can hold them."""
-        return asdict(self)
+        """The fields as JSON can hold them, and the predicted cycles of each resource for a pair."""
+        per_pair = {
+            f"{name}_cycles_per_pair": self.issue.cycles_per_pair(name) for name in self.issue.steady.cycles
+        }
+        return asdict(self) | per_pair
 
 
 @dataclass(frozen=True)
@@ -90,9 +119,13 @@ class Request:
     head_dim: int
     options: str
     operations: tuple[str, ...] = OPERATIONS
+    presets: tuple[str, ...] = ("paper",)
+    rounds: int = ROUNDS
     tiles: Mapping[str, tiles.Tile] = field(default_factory=dict)
     kernels: tuple[str, ...] = ()
     """The names of the kernels to keep; all of them where it is empty."""
+    dump: Path | None = None
+    """The folder that `read` writes to."""
 
 
 @dataclass(frozen=True)
@@ -117,43 +150,91 @@ def unavailable() -> str | None:
     return None
 
 
-def read(specialization: Specialization) -> MachineCode:
+def read(specialization: Specialization, dump: Path | None = None) -> MachineCode:
     """Compiles one kernel for its architecture and reads the binary, which takes a second or so.
 
+    dump: a folder that gets the kernel's PTX, its machine code and a JSON file of what was counted in it.
     Raises RuntimeError where Triton cannot compile anything here, or cannot compile this kernel.
     """
     reason = unavailable()
     if reason is not None:
         raise RuntimeError(f"{specialization} cannot be compiled: {reason}")
     compiled = compile_kernel(specialization)
+    listing = disassemble(compiled)
+    code = _machine_code(specialization, compiled, listing)
+    if dump is not None:
+        _dump(dump, specialization, compiled, listing, code)
+    return code
+
+
+def _dump(
+    folder: Path, specialization: Specialization, compiled: Any, listing: Listing, code: MachineCode
+) -> None:
+    parts = (code.kernel, code.preset, code.architecture, code.dtype, f"D{code.head_dim}", code.options)
+    # Kernels that differ in constants alone, such as those of the first and last round, get a number of them.
+    constants = str(sorted((name, str(value)) for name, value in specialization.constexprs.items()))
+    stem = "-".join([*filter(None, parts), f"{zlib.crc32(constants.encode()):08x}"])
+    if "ptx" in compiled.asm:
+        write_atomically(folder / f"{stem}.ptx", compiled.asm["ptx"])
+    write_atomically(folder / f"{stem}.{'sass' if 'cubin' in compiled.asm else 'amdgcn'}", listing.text)
+    counted = code.to_json() | {"constants": {n: str(v) for n, v in specialization.constexprs.items()}}
+    write_atomically(folder / f"{stem}.json", json.dumps(counted, indent=1) + "\n")
+
+
+def _machine_code(specialization: Specialization, compiled: Any, listing: Listing) -> MachineCode:
     chip = CHIPS[specialization.architecture]
-    if chip.target[0] == "cuda":
-        registers, spills, instructions = _read_cubin(compiled.asm["cubin"])
-    else:
-        registers, spills, instructions = _read_amdgcn(compiled.asm["amdgcn"])
+    names = [instruction.name for instruction in listing.instructions]
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     blocks, limit = resident_blocks(
-        chip, registers, warps, shared, getattr(compiled.metadata, "tmem_size", None) or 0
+        chip, listing.registers, warps, shared, getattr(compiled.metadata, "tmem_size", None) or 0
     )
     return MachineCode(
         kernel=specialization.name,
+        preset=specialization.preset,
         architecture=specialization.architecture,
         dtype=str(specialization.dtype).removeprefix("torch."),
         head_dim=specialization.head_dim,
         options=specialization.options,
         tile=specialization.tile,
         warps=warps,
-        registers=registers,
-        spill_bytes=spills,
+        registers=listing.registers,
+        spill_bytes=listing.spill_bytes,
         shared_bytes=shared,
         resident_blocks=blocks,
         occupancy=blocks * warps / (PARTITIONS * chip.partition_warps),
         limited_by=limit,
         tensor_core_instructions=_count(
-            re.sub(r"\.(64|\d+x\d+x\d+)\b.*", "", name) for name in instructions if TENSOR_CORE.match(name)
+            re.sub(r"\.(64|\d+x\d+x\d+)\b.*", "", name) for name in names if TENSOR_CORE.match(name)
         ),
-        loads=_count(width for width in map(_load_width, instructions) if width),
-        instructions=len(instructions),
+        loads=_count(width for width in map(load_width, names) if width),
+        stores=_count(width for width in map(store_width, names) if width),
+        instructions=len(names),
+        issue=_issue(specialization, compiled, listing, warps),
+    )
+
+
+def disassemble(compiled: Any) -> Listing:
+    """The listing of a kernel that `compile_kernel` compiled."""
+    assembly = compiled.asm
+    return read_cubin(assembly["cubin"]) if "cubin" in assembly else read_amdgcn(assembly["amdgcn"])
+
+
+def _issue(specialization: Specialization, compiled: Any, listing: Listing, warps: int) -> IssueCount:
+    chip, tile = CHIPS[specialization.architecture], specialization.tile
+    return count(
+        listing.instructions,
+        Machine(
+            warps=warps,
+            lanes=chip.lanes,
+            tensor_operations=chip.tensor_operations * (1 if specialization.bits == 16 else 0.5),
+            instruction_cycles=chip.vector_cycles,
+            vector_prefix="v_" if chip.vector_cycles > 1 else "",
+        ),
+        products=specialization.products,
+        depth=tiles.padded_head_dim(specialization.head_dim),
+        tile_pairs=tile.rows * tile.keys if tile else 0,
+        rounds=specialization.rounds,
+        descriptors=tcgen05_descriptors(compiled.asm.get("ptx", "")),
     )
 
 
@@ -166,22 +247,24 @@ def inspect(request: Request) -> list[Inspected]:
         head_dim=request.head_dim,
         options=request.options,
         operations=request.operations,
+        presets=request.presets,
+        rounds=request.rounds,
         tiles=request.tiles,
     ):
         if request.kernels and specialization.name not in request.kernels:
             continue
-        code = read(specialization)
+        code = read(specialization, request.dump)
         inspected.append(Inspected(code, faults(code, specialization)))
     return inspected
 
 
-def inspect_all(requests: Sequence[Request], processes: int) -> Iterator[list[Inspected]]:
-    """`inspect` of each request in turn, in `processes` fresh processes (in this one if it is 1)."""
-    if processes == 1 or len(requests) < 2:
-        yield from map(inspect, requests)
+def in_processes(work: Callable[[Asked], Answer], asked: Sequence[Asked], processes: int) -> Iterator[Answer]:
+    """`work` on each of `asked` in turn, in `processes` fresh processes (in this one if it is 1)."""
+    if processes == 1 or len(asked) < 2:
+        yield from map(work, asked)
         return
-    with ProcessPoolExecutor(min(processes, len(requests)), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(inspect, requests)
+    with ProcessPoolExecutor(min(processes, len(asked)), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(work, asked)
 
 
 def resident_blocks(
@@ -219,8 +302,8 @@ def may_spill(bits: int, head_dim: int) -> bool:
 
 
 def faults(code: MachineCode, specialization: Specialization) -> list[str]:
-    """What is wrong with the code: spills, products without tensor cores, narrow loads of rows, too much
-    shared memory.
+    """What is wrong with the code: spills, products without tensor cores, narrow loads or stores of rows, too
+    much shared memory.
 
     16-bit types with a head dimension up to 128 must not spill at all, others no more than the table of tiles
     records (nothing where it records nothing).
@@ -243,6 +326,13 @@ def faults(code: MachineCode, specialization: Specialization) -> list[str]:
         reasons.append(f"has no 16-byte load, found {code.loads}")
     elif specialization.gathers and bits == 16 and code.loads.get(2):
         reasons.append(f"loads single elements, found {code.loads}")
+    least = WARP_STORE_BYTES // chip.lanes
+    narrow, wide = (
+        sum(width * count for width, count in code.stores.items() if (width >= least) == is_wide)
+        for is_wide in (False, True)
+    )
+    if specialization.scatters and narrow > NARROW_STORES * wide:
+        reasons.append(f"stores rows less than {least} bytes at a time, found {code.stores}")
     most = SMALL_SHARED_BYTES if code.architecture == "sm_80" else chip.block_bytes
     if code.shared_bytes > most:
         reasons.append(f"takes {code.shared_bytes} bytes of shared memory, a block may have {most}")
@@ -278,82 +368,6 @@ def compile_kernel(specialization: Specialization) -> Any:
         return triton.compile(source, target=GPUTarget(*chip.target), options=options)
     except Exception as error:  # each stage of the compiler raises its own; none names the kernel
         raise RuntimeError(f"{specialization} does not compile: {error}") from error
-
-
-# NVIDIA
-
-
-def disassembler() -> Path:
-    """Where cuobjdump is, which comes with Triton's wheel."""
-    import triton.backends.nvidia
-
-    return Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-
-
-_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
-
-
-def _read_cubin(cubin: bytes) -> tuple[int, int, list[str]]:
-    """Registers, spill bytes and the names of all instructions."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        usage, assembly = (
-            subprocess.run(
-                [str(disassembler()), option, str(file)], check=True, capture_output=True, text=True
-            ).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    resources = _RESOURCES.search(usage)
-    instructions = _INSTRUCTION.findall(assembly)
-    if resources is None or not instructions:
-        raise RuntimeError(f"the disassembler's output was not understood: {usage[:200]!r}")
-    registers, stack = map(int, resources.groups())
-    # ptxas spills to a stack frame. Local memory that is accessed without one is counted by access widths.
-    local = sum(_width(name) for name in instructions if name.split(".")[0] in ("LDL", "STL"))
-    return registers, stack or local, instructions
-
-
-def _width(name: str) -> int:
-    """Bytes that an instruction such as LDG.E.128.CONSTANT moves for one thread."""
-    for part in name.split("."):
-        if part in ("64", "128", "256"):
-            return int(part) // 8
-        if part in ("U8", "S8", "U16", "S16"):
-            return int(part[1:]) // 8
-    return 4
-
-
-# AMD
-
-
-_AMD_INSTRUCTION = re.compile(r"^\s+((?:[vs]|global|buffer|flat|ds|scratch)_\w+)", re.MULTILINE)
-
-
-def _read_amdgcn(assembly: str) -> tuple[int, int, list[str]]:
-    """Registers, spill bytes and the names of all instructions."""
-    registers = re.search(r"^; TotalNumVgprs: (\d+)", assembly, re.MULTILINE)
-    scratch = re.search(r"^; ScratchSize: (\d+)", assembly, re.MULTILINE)
-    if registers is None or scratch is None:
-        raise RuntimeError("the AMD compiler's assembly does not state registers and scratch size")
-    return int(registers[1]), int(scratch[1]), _AMD_INSTRUCTION.findall(assembly)
-
-
-_AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}
-
-
-def _load_width(name: str) -> int:
-    """The bytes that a thread loads from device memory, 0 for an instruction that is no such load."""
-    if name.split(".")[0] in ("LDG", "LDGSTS"):
-        return _width(name)
-    load = re.match(r"(?:global|buffer|flat)_load_(\w+)", name)
-    if load is None:
-        return 0
-    for kind, width in _AMD_WIDTHS.items():
-        if load[1].startswith(kind):
-            return width
-    return 1 if "byte" in load[1] else 2
 
 
 def _count(values: Iterable[Value]) -> dict[Value, int]:

@@ -2,12 +2,12 @@
 
     python -m reformer_kernels.gpu.tile_search --architecture sm_90 --bits 16 --head-dim 64 [--kernel NAME]
 
-`predicted_seconds` gives the score of a tile: the time of its products, of its reads from the second-level
-cache or of its instructions, whichever is longest, lengthened where few warps are there to hide latency. A
-tile with faults (`machine_code.faults`) is ruled out. Where every tile spills (float32, head dimensions above
-128), the table records how much the chosen one spills. The search walks from the present tile to a neighbour
-(one field doubled or halved) as long as one is better by more than the model can be trusted for. On a GPU,
-bench/validate_gpu.py measures instead.
+`predicted_seconds` gives the score of a tile, from its machine code: the time of what is busiest (instruction
+issue, integer units, tensor cores, memory), lengthened where few warps are resident to hide latency and where
+threads spill. A tile with faults (`machine_code.faults`) is ruled out. Where every tile spills (float32, head
+dimensions above 128), the table records how much the chosen one spills. The search walks from the present
+tile to a neighbour (one field doubled or halved) as long as one is better by more than the model can be
+trusted for. On a GPU, bench/validate_gpu.py measures instead.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ import torch
 from reformer_kernels._limits import MAX_HEAD_DIM
 from reformer_kernels.gpu import tiles
 from reformer_kernels.gpu.architectures import ARCHITECTURES, CHIPS, PARTITIONS
-from reformer_kernels.gpu.machine_code import Inspected, Request, inspect, may_spill
+from reformer_kernels.gpu.cost_model import Shape
+from reformer_kernels.gpu.machine_code import Inspected, MachineCode, Request, inspect, may_spill
+from reformer_kernels.gpu.prediction import steps_of_a_tile
 from reformer_kernels.gpu.specializations import OPTIONS, all_specializations
 from reformer_kernels.gpu.tiles import Tile, TileRow
 
-CHUNK = 64
-"""The chunk length that tiles are chosen for. A query meets its own chunk and the one before."""
+SHAPE = Shape()
+"""The shape that tiles are chosen for. Their size does not depend on the length."""
 
-ROTATION_COLUMNS = 32
-"""The rotation columns that a hashing tile is judged for: the most that an automatic bucket factor has."""
-
-CACHE_RATE = 2.5
-"""How many times as fast as memory the second-level cache reads."""
+PRESET = "paper"
+"""The kind of attention whose ranges of keys tiles are chosen for."""
 
 LATENCY_WARPS = 8
 """With this many resident warps, latency doubles the time that arbitrarily many warps would take."""
@@ -44,10 +43,6 @@ SPILL_PENALTY_BYTES = 64
 
 LEAST_GAIN = 0.05
 """The share of predicted time that a tile must save to replace the present one."""
-
-PRODUCTS = {"attention_forward": 2, "attention_backward_queries": 3, "attention_backward_keys": 4}
-"""How many matrix products a kernel computes over a tile's pairs. Other kernels multiply once, rows by the
-columns of a rotation."""
 
 _DTYPES = {16: (torch.bfloat16, torch.float16), 32: (torch.float32,)}
 """The dtypes that share a tile, by bits. The search walks with the first one."""
@@ -67,24 +62,17 @@ class Judged:
         return not faults_but_spills(self.inspected)
 
 
-def predicted_seconds(kernel: str, tile: Tile, inspected: Inspected, bits: int, head_dim: int) -> float:
-    """The predicted time of a token and round with this tile."""
-    code, chip = inspected.code, CHIPS[inspected.code.architecture]
-    D, element = tiles.padded_head_dim(head_dim), bits // 8
-    if kernel in PRODUCTS:
-        seen = 2 * CHUNK if tile.rows <= CHUNK else tile.rows + CHUNK
-        steps = -(-seen // tile.keys)
-        products, gathered = PRODUCTS[kernel] * steps * tile.keys, 2 * steps * tile.keys * D * element
-    else:
-        steps = -(-ROTATION_COLUMNS // tile.keys)
-        products, gathered = steps * tile.keys, steps * tile.keys * D * 4
+def predicted_seconds(code: MachineCode) -> float:
+    """The predicted time of a token and round: the busiest resource of a multiprocessor or the cache's bytes,
+    by the machine code, lengthened where few warps hide latency and where threads spill."""
+    chip, rows = CHIPS[code.architecture], code.tile.rows if code.tile else 1
+    shape = dataclasses.replace(SHAPE, head_dim=code.head_dim)
+    cost = code.issue.program(steps_of_a_tile(code, shape, PRESET if code.preset else None))
     slowest = max(
-        2.0 * D * products / chip.rates.matmul(bits),
-        (gathered / tile.rows + 3 * D * element) / (CACHE_RATE * chip.rates.copy),
-        code.instructions * code.warps * steps / tile.rows / chip.instructions,
+        max(cost.cycles.values()) / (chip.multiprocessors * chip.clock), cost.cache_bytes / chip.cache_rate
     )
     warps = max(1, min(code.resident_blocks * code.warps, PARTITIONS * chip.partition_warps))
-    return slowest * (1 + LATENCY_WARPS / warps) * (1 + code.spill_bytes / SPILL_PENALTY_BYTES)
+    return slowest / rows * (1 + LATENCY_WARPS / warps) * (1 + code.spill_bytes / SPILL_PENALTY_BYTES)
 
 
 def neighbours(tile: Tile, head_dim: int) -> Iterator[Tile]:
@@ -105,7 +93,7 @@ def neighbours(tile: Tile, head_dim: int) -> Iterator[Tile]:
 def judge(kernel: str, architecture: str, bits: int, head_dim: int, tile: Tile) -> Judged:
     """The kernel with this tile and all its options, compiled and scored."""
     inspected = _inspect(kernel, architecture, _DTYPES[bits][0], head_dim, "all", tile)
-    return Judged(tile, inspected, predicted_seconds(kernel, tile, inspected, bits, head_dim))
+    return Judged(tile, inspected, predicted_seconds(inspected.code))
 
 
 def search(
@@ -193,9 +181,10 @@ def most_spilled(kernel: str, architecture: str, bits: int, head_dim: int, tile:
 def describe(judged: Judged) -> str:
     """A line about a tile for people."""
     code, faults = judged.inspected.code, "; ".join(faults_but_spills(judged.inspected))
+    issue = code.issue.cycles_per_pair("issue") or 0.0
     return (
-        f"{judged.score * 1e12:.0f} ps predicted, {code.registers} registers, "
-        f"{code.spill_bytes} spilled, {code.resident_blocks} blocks {faults}"
+        f"{judged.score * 1e12:.0f} ps predicted, {issue:.2f} issue cycles a pair, "
+        f"{code.registers} registers, {code.spill_bytes} spilled, {code.resident_blocks} blocks {faults}"
     )
 
 

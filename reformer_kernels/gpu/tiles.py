@@ -9,10 +9,12 @@ has a new length.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,20 @@ class TileRow:
         return (self.kernel, self.architecture, self.bits, self.head_dim)
 
 
+_NONE: Mapping[str, Tile] = {}
+_REPLACED: ContextVar[Mapping[str, Tile]] = ContextVar("replaced tiles", default=_NONE)
+
+
+@contextlib.contextmanager
+def replacing(by_kernel: Mapping[str, Tile]) -> Iterator[None]:
+    """Within the block, `tile` gives these kernels these tiles. The search for tiles tries them so."""
+    token = _REPLACED.set(by_kernel)
+    try:
+        yield
+    finally:
+        _REPLACED.reset(token)
+
+
 def padded_head_dim(head_dim: int) -> int:
     """The power of two, at least 16, to which kernels pad a head dimension, as products take no less."""
     return max(16, 1 << (head_dim - 1).bit_length())
@@ -100,6 +116,9 @@ def tile(kernel: str, *, architecture: str, bits: int, head_dim: int) -> Tile:
     architecture: one of `ARCHITECTURES`, or "interpreter"; see `architecture_of`. head_dim: in 1..256, padded
     by `padded_head_dim`. Raises ValueError for anything else and for a file of tiles that is not valid.
     """
+    replaced = _REPLACED.get().get(kernel)
+    if replaced is not None:
+        return replaced
     row = table_row(kernel, architecture=architecture, bits=bits, head_dim=head_dim)
     return row.tile if row else default_tile(architecture=architecture, bits=bits, head_dim=head_dim)
 

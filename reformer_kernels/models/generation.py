@@ -128,7 +128,6 @@ class Decoder:
         self.select(back_again)
         return torch.cat(parts)[back_again]
 
-    @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """Append one token to each row, tokens (B,) int64, and return the logits (B, V) of the next one."""
         if tokens.shape != self.lengths.shape:
@@ -137,10 +136,12 @@ class Decoder:
             )
         if int(self.lengths.max()) >= self.max_length:
             raise ValueError(f"the caches are full: they were made for {self.max_length} tokens")
-        logits = self._run(tokens[:, None], self.lengths[:, None], self._caches, self._before, self._memory)
-        self._before = torch.cat([self._before, tokens[:, None]], dim=1)[:, 1:]
-        self.lengths = self.lengths + 1
-        return logits
+        with torch.inference_mode():
+            token, positions = tokens[:, None], self.lengths[:, None]
+            logits = self._run(token, positions, self._caches, self._before, self._memory)
+            self._before = torch.cat([self._before, token], dim=1)[:, 1:]
+            self.lengths = self.lengths + 1
+        return logits.clone()  # an ordinary tensor, which the caller may change and differentiate through
 
     def select(self, rows: Tensor) -> None:
         """Continue with these rows, in this order; a row may be given several times. Copies the caches."""

@@ -47,6 +47,21 @@ def is_causal_mask(mask: Tensor) -> bool:
     return answer
 
 
+def check_causal_hint(mask: Tensor) -> None:
+    """Raises ValueError if `is_causal=True` was given beside a mask (..., L, S) that is not the causal one.
+
+    torch obeys the hint and ignores the mask. A mask without values, or of another shape, passes; so does one
+    in a compiled call, whose graph would break.
+    """
+    if mask.dim() < 2 or mask.is_meta or torch.compiler.is_compiling() or is_causal_mask(mask):
+        return
+    raise ValueError(
+        "is_causal=True says that attn_mask is the causal mask, but this one, "
+        f"{mask.dtype} {tuple(mask.shape)}, hides other keys or biases some: pass "
+        "is_causal=False for this mask, or no mask for the causal one"
+    )
+
+
 def _hides_later_keys(mask: Tensor) -> bool:
     """Reads the mask in blocks of rows, so that no copy of it is made."""
     planes = mask.flatten(0, -3) if mask.dim() > 2 else mask[None]

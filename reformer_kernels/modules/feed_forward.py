@@ -74,7 +74,7 @@ class ChunkedFeedForward(nn.Module):
         return f"activation={self.activation!r}, dropout={self.dropout}"
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (is_plain_linear(self.inner) and is_plain_linear(self.outer)):
+        if not (is_plain_linear(self.inner) and is_plain_linear(self.outer)) or self._is_one_token(x):
             return self._call_layers(x)
         return functional.chunked_feed_forward(
             x,
@@ -87,6 +87,12 @@ class ChunkedFeedForward(nn.Module):
             chunk_size=self.chunk_size,
             memory_budget=self.memory_budget,
         )
+
+    def _is_one_token(self, x: Tensor) -> bool:
+        """Whether x is a step of generation: a token of each row, no gradient. There are no chunks to make
+        then, and the operator's checks would take as long as its products."""
+        dropped = self.training and self.dropout > 0
+        return x.dim() == 3 and x.shape[1] == 1 and not torch.is_grad_enabled() and not dropped
 
     def _call_layers(self, x: Tensor) -> Tensor:
         """As `forward`, by calls of both layers on chunks (..., n, d_model) of the tokens."""

@@ -110,12 +110,13 @@ class LocalSelfAttention(AttentionLayer):
 
     def make_cache(self, max_length: int) -> LocalCache:
         """An empty cache for `decode`, for rows of up to `max_length` tokens."""
-        chunk = self.chunk_length_for(max_length)
+        chunk = min(self.chunk_length, max_length)
         config = local_attention_config(
             chunk, self.chunks_before, self.chunks_after, causal=self.causal, ring=self.ring
         )
-        return LocalCache(dataclasses.replace(config, scale=self.scale), max_length)
+        return LocalCache(dataclasses.replace(config, scale=self.scale), max_length, self.backend)
 
+    @torch.no_grad()
     def decode(self, x: Tensor, cache: LocalCache, positions: Tensor | None = None) -> Tensor:
         """The results of `forward` for new tokens, added to `cache`: see `LSHSelfAttention.decode`."""
         self.check_input(x)
@@ -140,7 +141,7 @@ class LocalSelfAttention(AttentionLayer):
             q,
             k,
             v,
-            chunk_length=self.chunk_length_for(q.shape[2]),
+            chunk_length=self.chunk_length,
             chunks_before=self.chunks_before,
             chunks_after=self.chunks_after,
             causal=self.causal,
@@ -151,10 +152,6 @@ class LocalSelfAttention(AttentionLayer):
             seed=seed,
             backend=self.backend,
         )
-
-    def chunk_length_for(self, length: int) -> int:
-        """The number of positions in a chunk of a sequence of `length` positions."""
-        return self.chunk_length
 
     def extra_repr(self) -> str:
         parts = [

@@ -163,12 +163,13 @@ class LSHSelfAttention(AttentionLayer):
         )
         return LSHCache(config, rotations, max_length, self.backend)
 
+    @torch.no_grad()
     def decode(self, x: Tensor, cache: LSHCache, positions: Tensor | None = None) -> Tensor:
         """The results of `forward` for new tokens, which are added to `cache`; for causal layers only.
 
         x is first a whole prompt without padding, (B, L, E), then one token for each row, (B, 1, E). The
         prompt's tokens attend to the prompt; each later token attends to the prefix that ends in it, as it
-        was sorted when the token arrived. Returns x's shape.
+        was sorted when the token arrived. Returns x's shape, without gradient.
         """
         self.check_input(x)
         hashed, qk, v = self._project(x, positions)

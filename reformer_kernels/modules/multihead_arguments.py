@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -131,6 +133,33 @@ def check_inputs(
                 f"attn_mask must have shape {shared}, (length, key length), or {by_head}, one for each head "
                 f"of each sequence, got {tuple(attn_mask.shape)}"
             )
+
+
+def refuse_or_warn(
+    reason: str, fallback: Fallback, query: Tensor, key: Tensor, threshold: int, *, quiet: bool
+) -> None:
+    """Raises RuntimeError where full attention is forbidden; else warns of it once for each reason.
+
+    `quiet`: the caller asked for what full attention alone can give.
+    """
+    if fallback == "raise":
+        raise RuntimeError(
+            f"this call needs full attention: {reason}. Query {tuple(query.shape)} and key "
+            f"{tuple(key.shape)} are above full_attention_threshold {threshold}, "
+            "where fallback='raise' forbids it; fallback='exact' allows it"
+        )
+    if not quiet and not torch.compiler.is_compiling():
+        warn_of_full_attention(reason)
+
+
+@functools.cache
+def warn_of_full_attention(reason: str) -> None:
+    warnings.warn(
+        "reformer_kernels.MultiheadAttention computes full attention beyond its threshold, in time and "
+        f"memory that grow with the square of the length: {reason}. This is said once; "
+        "fallback='raise' forbids it",
+        stacklevel=4,
+    )
 
 
 def check_nested(

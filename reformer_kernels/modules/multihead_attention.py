@@ -14,7 +14,7 @@ from reformer_kernels import functional
 from reformer_kernels._limits import MAX_HEAD_DIM
 from reformer_kernels._random import resolve_seed
 from reformer_kernels.config import LSHConfig
-from reformer_kernels.modules.attention_masks import causal_mask, is_causal_mask
+from reformer_kernels.modules.attention_masks import causal_mask, check_causal_hint, is_causal_mask
 from reformer_kernels.modules.checks import refuse_tracing
 from reformer_kernels.modules.extra_keys import merge_extra_keys
 from reformer_kernels.modules.multihead_arguments import (
@@ -25,6 +25,7 @@ from reformer_kernels.modules.multihead_arguments import (
     check_nested,
     check_not_causal,
     checked_options,
+    refuse_or_warn,
 )
 from reformer_kernels.reversible.remembered_values import is_remembering, remember
 
@@ -60,11 +61,13 @@ class MultiheadAttention(TorchMultiheadAttention):
     Beyond the threshold, LSH attention has no attention weights (`need_weights=True`, the default of
     `nn.MultiheadAttention`; torch's Transformer layers pass False), and takes no `attn_mask` other than the
     causal one, no `key_padding_mask` that requires a gradient, and no heads of more than 256. A call with one
-    of these computes full attention with `fallback="exact"` and raises with `fallback="raise"`. The causal
-    mask (True, -inf, -1e9 or the dtype's smallest number exactly where key j comes after query i) is
-    recognised by reading it, whatever `is_causal` says. `is_causal=True` without a mask is accepted at every
-    length and means the causal mask, so long sequences need no L × L tensor. `key_padding_mask` may be bool,
-    or float: a bias of each key. Every query sees the extra keys of `add_bias_kv` and `add_zero_attn`.
+    of these computes full attention with `fallback="exact"`, and warns once for each of these reasons but the
+    weights; it raises with `fallback="raise"`. The causal mask (True, -inf, -1e9 or the dtype's smallest
+    number exactly where key j comes after query i) is recognised by reading it. `is_causal=True` beside
+    another mask raises at every length, except in compiled calls, which do not check it. `is_causal=True`
+    without a mask is accepted at every length and means the causal mask, so long sequences need no L × L
+    tensor. `key_padding_mask` may be bool, or float: a bias of each key. Every query sees the extra keys of
+    `add_bias_kv` and `add_zero_attn`.
 
     In training each call draws new rotations (and dropout) from torch's global CPU generator, so
     `torch.manual_seed` reproduces a run; in evaluation the rotations follow from `seed` alone.
@@ -227,7 +230,7 @@ class MultiheadAttention(TorchMultiheadAttention):
             (N, num_heads, L, S) if not averaged.
 
         Raises:
-            ValueError, TypeError: shapes or dtypes do not fit (up to the threshold these are torch's errors).
+            ValueError, TypeError: shapes, dtypes or is_causal do not fit (to the threshold, torch's errors).
             RuntimeError: full attention is needed beyond the threshold, where `fallback="raise"` forbids it.
         """
         refuse_tracing("reformer_kernels.MultiheadAttention")
@@ -236,6 +239,8 @@ class MultiheadAttention(TorchMultiheadAttention):
             return self._forward_nested(
                 query, key, value, masks, need_weights, average_attn_weights, is_causal
             )
+        if is_causal and attn_mask is not None:
+            check_causal_hint(attn_mask)
         if self._is_short(query, key):
             return self._full_attention(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -248,12 +253,7 @@ class MultiheadAttention(TorchMultiheadAttention):
         reason = self._why_full_attention(need_weights, key_padding_mask, attn_mask, causal)
         if reason is None:
             return self._lsh_attention(query, key, value, key_padding_mask, causal), None
-        if self.fallback == "raise":
-            raise RuntimeError(
-                f"this call needs full attention: {reason}. Query {tuple(query.shape)} and key "
-                f"{tuple(key.shape)} are above full_attention_threshold {self.full_attention_threshold}, "
-                "where fallback='raise' forbids it; fallback='exact' allows it"
-            )
+        refuse_or_warn(reason, self.fallback, query, key, self.full_attention_threshold, quiet=need_weights)
         return self._full_attention(
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, causal
         )

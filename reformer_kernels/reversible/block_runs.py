@@ -23,6 +23,7 @@ from reformer_kernels.reversible.recomputation import (
     AutocastState,
     ModuleTensors,
     RandomState,
+    RandomStateStore,
     random_state_preserved,
     version,
 )
@@ -68,6 +69,8 @@ class PartRecord:
     random: RandomState | None = None
     random_digest_after: bytes | None = None
     remembered: RememberedValues | None = None
+    # Buffers that the first run changed, such as those of spectral norm, and their values before it.
+    changed_buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     # Indices of the parameters that the part reads past their owners, from a reference of its own.
     read_elsewhere: list[int] = field(default_factory=list)
 
@@ -82,7 +85,7 @@ class BlockRecord:
     arguments: list[Tensor]
     constants: TreeWithoutTensors  # the other arguments: (args, kwargs)
     autocast: AutocastState
-    keep_random_state: bool
+    random_states: RandomStateStore | None  # None: random numbers may differ in the second run
     keep_layouts: bool
     argument_versions: list[int] = field(init=False)
     parts: dict[Part, PartRecord] = field(init=False)
@@ -109,17 +112,22 @@ def first_run(record: BlockRecord, streams: Streams, differentiable: bool) -> tu
             value = streams.value(READ_STREAM[part])
             before = version(value)
             part_record = record.parts[part]
-            if record.keep_random_state:
-                part_record.random = RandomState([value, *record.arguments])
+            if record.random_states is not None:
+                part_record.random = RandomState([value, *record.arguments], record.random_states)
             if record.keep_layouts:
                 part_record.remembered = RememberedValues()
             leaf = value.detach()
             graph = _graph_without_saved_tensors() if differentiable else contextlib.nullcontext()
-            with graph, remembering(part_record.remembered, replay=False):
+            kept = (
+                module_tensors.buffers_kept(part_record.changed_buffers)
+                if differentiable
+                else contextlib.nullcontext()
+            )
+            with kept, graph, remembering(part_record.remembered, replay=False):
                 residual, auxiliary = _call_part(
                     record, part, leaf.requires_grad_() if differentiable else leaf, streams
                 )
-            if record.keep_random_state:
+            if record.random_states is not None:
                 state = RandomState([value, *record.arguments])
                 part_record.random_digest_after = state.digest()
             if differentiable:
@@ -199,6 +207,9 @@ def _undo_part(
     part_record = record.parts[part]
     if part_record.random is not None:
         part_record.random.restore()
+    with torch.no_grad():
+        for buffer, value in part_record.changed_buffers:
+            buffer.copy_(value)
     leaf = streams.value(READ_STREAM[part]).detach().requires_grad_()
     with graph, remembering(part_record.remembered, replay=True):
         residual, auxiliary = _call_part(record, part, leaf, streams)
@@ -259,7 +270,7 @@ def _surroundings_of_first_run(record: BlockRecord, streams: Streams) -> Iterato
     aliases = record.tensors.aliases()
     random_state = (
         random_state_preserved([*streams.tensors, *record.arguments])
-        if record.keep_random_state
+        if record.random_states is not None
         else contextlib.nullcontext()
     )
     with random_state, record.tensors.replaced_by(aliases, again=True):

@@ -250,6 +250,7 @@ class ReversibleSequence(nn.Module):
         self._refuse_sharded_parts()
         run = SequenceRun(
             self._stream_format(first),
+            blocks=len(self.blocks),
             keep_random_state=self.preserve_random_state,
             keep_layouts=self.keep_layouts,
         )

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from reformer_kernels.reversible.arguments import TreeWithoutTensors, take_tensors
-from reformer_kernels.reversible.block_runs import Block, BlockRecord, first_run, rebuild, second_run
-from reformer_kernels.reversible.recomputation import AutocastState, ModuleTensors
+from reformer_kernels.reversible.block_runs import PARTS, Block, BlockRecord, first_run, rebuild, second_run
+from reformer_kernels.reversible.recomputation import AutocastState, ModuleTensors, RandomStateStore
 from reformer_kernels.reversible.streams import StreamFormat, Streams
 from reformer_kernels.reversible.turns import turn
 
@@ -34,10 +34,14 @@ class SequenceRun:
     never freed.
     """
 
-    def __init__(self, stream_format: StreamFormat, *, keep_random_state: bool, keep_layouts: bool) -> None:
+    def __init__(
+        self, stream_format: StreamFormat, *, blocks: int, keep_random_state: bool, keep_layouts: bool
+    ) -> None:
         self.stream_format = stream_format
         self.recording = torch.is_grad_enabled()
-        self.keep_random_state = keep_random_state and self.recording
+        self.random_states: RandomStateStore | None = None
+        if keep_random_state and self.recording:
+            self.random_states = RandomStateStore(len(PARTS) * blocks)
         self.keep_layouts = keep_layouts and self.recording
         self.differentiable = False  # becomes True when a block takes part in the graph
         self.streams: Streams | None = None  # during the forward pass only
@@ -228,7 +232,7 @@ class _Step(torch.autograd.Function):
             ],
             constants=constants,
             autocast=AutocastState(first.device),
-            keep_random_state=run.keep_random_state,
+            random_states=run.random_states,
             keep_layouts=run.keep_layouts,
         )
         differentiable = run.recording and any(ctx.needs_input_grad)

@@ -1,6 +1,7 @@
 // Attention over sorted orders, backward. With p_ij = exp(s_ij - lse_i) / N_ij, where lse_i is the
-// log-sum-exp over all rounds and N_ij the number of rounds in which the pair meets (1 unless duplicates are
-// corrected), delta_i = out_i . dout_i - dlse_i and m_ij the dropout factor, each round adds its part:
+// log-sum-exp over all rounds and N_ij how often the pair is counted (more than once only if duplicates are
+// corrected on a ring), delta_i = out_i . dout_i - dlse_i and m_ij the dropout factor, each round adds its
+// part:
 //
 //   dv_j += p_ij m_ij dout_i          ds_ij = p_ij (m_ij dout_i . v_j - delta_i)
 //   dq_i += ds_ij k_j                 dk_j += ds_ij q_i

@@ -46,7 +46,7 @@ class BackwardWorker {
 
   void run_segment(const Head& head, const GradientSums& sums, int64_t round, int64_t segment, Part part) {
     const bool crossing = part == Part::kCrossing;
-    panels_.enter(head, round * p_.Lk, (round + 1) * p_.Lk, crossing);
+    panels_.enter(head, round, crossing);
     panels_.grad_k_rows = sums.grad_k;
     panels_.grad_v_rows = sums.grad_v;
     panels_.grad_k_stride = sums.grad_k_stride;
@@ -79,7 +79,7 @@ class BackwardWorker {
       delta_[i] = sums.delta[position];
       if (row_codes_)
         memcpy(row_codes_ + i * p_.R, head.codes + position * p_.R,
-               static_cast<size_t>(p_.R) * sizeof(int32_t));
+               static_cast<size_t>(code_rounds(p_, tile_.round)) * sizeof(int32_t));
     }
     memset(grad_queries_, 0, static_cast<size_t>(tile_.rows * plan_.d_padded) * sizeof(float));
     if constexpr (kPaired) {
@@ -136,7 +136,7 @@ class BackwardWorker {
     const Panel& keys = panels_.panel(panel);
     const Piece<Op> keys_t{panels_.keys_t(panel), operand_count<Op>(p_.D)};
     const Piece<Op> values_t{panels_.values_t(panel), operand_count<Op>(p_.Dv)};
-    const int32_t* codes = row_codes_ ? panels_.codes(panel) : nullptr;
+    const int32_t* codes = code_rounds(p_, tile_.round) > 0 ? panels_.codes(panel) : nullptr;
     const int64_t rows_per_step = ceil_div(kTileRows, (to - from) * tile_.groups);
     int64_t packed = 0;  // rows packed so far
     int runs = 0;        // runs of neighbouring groups
@@ -241,17 +241,18 @@ class BackwardWorker {
     RowGradients row;
 #pragma GCC unroll 2
     for (int half = 0; half < kPanel; half += kLanes) {
-      const vint visible = mask_.template visible<kCompare>(tile_, i, panel, keys, half, by_position);
+      vint visible = mask_.template visible<kCompare>(tile_, i, panel, keys, half, by_position);
       vfloat s = load(probabilities_ + offset + half);
       if (kPaired) s *= load(keys.factor + half);
       if (!by_position) s += load(keys.bias + half);
       // A rounded log-sum-exp may lie below its own largest logit, far enough to overflow if that is huge.
       vfloat p;
-      if (kWeighted && codes) {
+      if (kWeighted && codes && p_.rule.ring) {
         p = vmin(exp2_of(vmin(s - lse_[i], splat(kLargestExponent))) *
-                     mask_.inverse_count(row_codes_ + i * p_.R, codes, half, tile_.round),
+                     mask_.inverse_count(row_codes_ + i * p_.R, codes, half),
                  splat(1.0f));
       } else {
+        if (kWeighted && codes) visible &= mask_.first_met(row_codes_ + i * p_.R, codes, half, tile_.round);
         p = exp2_of(vmin(s - lse_[i], vfloat{}));
       }
       p = select(visible, p, vfloat{});

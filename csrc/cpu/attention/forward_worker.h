@@ -40,7 +40,7 @@ class ForwardWorker {
   }
 
   void run_segment(const Head& head, const RunningRows& running, int64_t round, int64_t segment) {
-    panels_.enter(head, round * p_.Lk, (round + 1) * p_.Lk, p_.rule.ring);
+    panels_.enter(head, round, p_.rule.ring);
     for (Ranks ranks = forward_segment(p_, plan_, segment); ranks.first < ranks.last;
          ranks.first += kTileRows) {
       make_tile(p_, plan_, head, round, ranks, &tile_);
@@ -63,7 +63,7 @@ class ForwardWorker {
         load_operands(row_of<const T>(p_.q, head.b, head.h, tile_.position[i]), p_.D, plan_.d_padded, row);
       if (row_codes_)
         memcpy(row_codes_ + i * p_.R, head.codes + tile_.position[i] * p_.R,
-               static_cast<size_t>(p_.R) * sizeof(int32_t));
+               static_cast<size_t>(code_rounds(p_, tile_.round)) * sizeof(int32_t));
     }
   }
 
@@ -131,6 +131,8 @@ class ForwardWorker {
   void probabilities(int group, int64_t from, bool first) {
     const int64_t* met = met_panels_ + group * plan_.block_panels;
     const int count = met_count_[group], begin = group * kGroupRows, end = begin + group_rows(tile_, group);
+    const bool leaves_pairs = mask_.leaves_pairs(tile_.round);
+    const bool counts_on_ring = p_.rule.correct_duplicates && p_.rule.ring;
     vfloat largest[kGroupRows];
     for (vfloat& lanes : largest) lanes = splat(-kInfinity);
     for (int m = 0; m < count; ++m) {
@@ -143,8 +145,9 @@ class ForwardWorker {
           vfloat s = load(logit + half);
           if (kIsPaired<Op>) s *= load(keys.factor + half);
           if (!by_position) s += load(keys.bias + half);
-          s = select(mask_.template visible<kCompare>(tile_, i, met[m], keys, half, by_position), s,
-                     splat(-kInfinity));
+          vint visible = mask_.template visible<kCompare>(tile_, i, met[m], keys, half, by_position);
+          if (leaves_pairs) visible &= first_met(i, met[m], half);
+          s = select(visible, s, splat(-kInfinity));
           store(logit + half, s);
           largest[i - begin] = vmax(s, largest[i - begin]);
         }
@@ -161,9 +164,9 @@ class ForwardWorker {
       vfloat lanes{};
       for (int64_t k = 0; k < count * kPanel; k += kLanes) {
         vfloat p = exp2_of(load(row + k) - shift);
-        if (row_codes_)
+        if (counts_on_ring)
           p *= mask_.inverse_count(row_codes_ + i * p_.R, panels_.codes(met[k / kPanel]),
-                                   static_cast<int>(k % kPanel), tile_.round);
+                                   static_cast<int>(k % kPanel));
         store(row + k, p);
         lanes += p;
       }
@@ -200,15 +203,23 @@ class ForwardWorker {
     }
   }
 
+  REFORMER_INLINE_MEMBER vint first_met(int i, int64_t panel, int half) const {
+    return mask_.first_met(row_codes_ + i * p_.R, panels_.codes(panel), half, tile_.round);
+  }
+
   // Whether a row whose logits are all -inf sees any key. If it does, its logits overflowed, and its result
   // is unknown rather than empty.
   template <PairMask::Compare kCompare>
   bool sees_any(int group, int i) const {
     const int64_t* met = met_panels_ + group * plan_.block_panels;
     vint any{};
+    const bool leaves_pairs = mask_.leaves_pairs(tile_.round);
     for (int m = 0; m < met_count_[group]; ++m)
-      for (int half = 0; half < kPanel; half += kLanes)
-        any |= mask_.template visible<kCompare>(tile_, i, met[m], panels_.panel(met[m]), half, false);
+      for (int half = 0; half < kPanel; half += kLanes) {
+        vint visible = mask_.template visible<kCompare>(tile_, i, met[m], panels_.panel(met[m]), half, false);
+        if (leaves_pairs) visible &= first_met(i, met[m], half);
+        any |= visible;
+      }
     int32_t all_lanes = 0;
     for (int lane = 0; lane < kLanes; ++lane) all_lanes |= any[lane];
     return all_lanes != 0;

@@ -6,27 +6,30 @@
 namespace reformer {
 namespace REFORMER_ISA {
 
-// The factor that normalises query-key `position`, so that its key is row * factor:
-// 1 / sqrt(sum x^2 + 1e-6 D) for kRms, 1 / max(sqrt(sum x^2), 1e-12) for kL2. Squares that overflow are
-// summed again in double.
+// The factor that normalises a query-key, so that its key is row * factor: 1 / sqrt(sum x^2 + 1e-6 D) for
+// kRms, 1 / max(sqrt(sum x^2), 1e-12) for kL2. Squares that overflow are summed again in double.
 template <typename T>
-static float inverse_norm(const AttentionParams& p, const Head& head, int64_t position) {
+static float inverse_norm_of(const T* row, int64_t D, KeyNorm norm) {
   constexpr float kRmsEpsilon = 1e-6f, kL2Smallest = 1e-12f;
-  const T* row = row_of<const T>(p.q, head.b, head.h, position);
   vfloat lanes{};
   int64_t i = 0;
-  for (; i + kLanes <= p.D; i += kLanes) lanes += load_floats(row + i) * load_floats(row + i);
+  for (; i + kLanes <= D; i += kLanes) lanes += load_floats(row + i) * load_floats(row + i);
   float squares = sum_of_lanes(lanes);
-  for (; i < p.D; ++i) squares += to_float(row[i]) * to_float(row[i]);
+  for (; i < D; ++i) squares += to_float(row[i]) * to_float(row[i]);
   if (squares == kInfinity) {
     double sum = 0.0;
-    for (i = 0; i < p.D; ++i)
+    for (i = 0; i < D; ++i)
       sum += static_cast<double>(to_float(row[i])) * static_cast<double>(to_float(row[i]));
     return static_cast<float>(1.0 / __builtin_sqrt(sum));
   }
-  if (p.rule.key_norm == KeyNorm::kRms)
-    return 1.0f / __builtin_sqrtf(squares + kRmsEpsilon * static_cast<float>(p.D));
+  if (norm == KeyNorm::kRms) return 1.0f / __builtin_sqrtf(squares + kRmsEpsilon * static_cast<float>(D));
   return 1.0f / max_of(__builtin_sqrtf(squares), kL2Smallest);
+}
+
+// The same for query-key `position`.
+template <typename T>
+static float inverse_norm(const AttentionParams& p, const Head& head, int64_t position) {
+  return inverse_norm_of(row_of<const T>(p.q, head.b, head.h, position), p.D, p.rule.key_norm);
 }
 
 // How bfloat16 pairs represent a normalised and scaled key. Rounding that key to bfloat16 would cost the

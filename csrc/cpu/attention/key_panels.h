@@ -52,13 +52,13 @@ class KeyPanels {
     grad_v_ = arena->take<float>(n * kPanel * plan.dv_padded);
   }
 
-  // Starts on a head. If `ring`, positions wrap around; else there are no keys outside ring positions
-  // [first, last).
-  void enter(const Head& head, int64_t first, int64_t last, bool ring) {
+  // Starts on a round of a head. If `ring`, positions wrap around; else there are no keys but the round's.
+  void enter(const Head& head, int64_t round, bool ring) {
     head_ = head;
-    first_ = first;
-    last_ = last;
+    first_ = round * p_.Lk;
+    last_ = first_ + p_.Lk;
     ring_ = ring;
+    code_rounds_ = code_rounds(p_, round);
     begin_ = end_ = 0;
     sorted_block_ = INT64_MIN;
   }
@@ -181,10 +181,10 @@ class KeyPanels {
       }
       load_operands(row_of<const T>(p_.v, head_.b, head_.h, position), p_.Dv, plan_.dv_padded, value);
     }
-    if (p_.rule.correct_duplicates) {
+    if (code_rounds_ > 0) {
       int32_t* codes = codes_ + slot(index) * p_.R * kPanel;
       for (int lane = 0; lane < kPanel; ++lane)
-        for (int64_t r = 0; r < p_.R; ++r)
+        for (int64_t r = 0; r < code_rounds_; ++r)
           codes[r * kPanel + lane] =
               panel.position[lane] < 0 ? 0 : head_.key_codes[panel.position[lane] * p_.R + r];
     }
@@ -228,7 +228,7 @@ class KeyPanels {
   const AttentionParams& p_;
   const Plan& plan_;
   Head head_;
-  int64_t first_ = 0, last_ = 0, begin_ = 0, end_ = 0;
+  int64_t first_ = 0, last_ = 0, begin_ = 0, end_ = 0, code_rounds_ = 0;
   bool ring_ = false;
   int64_t sorted_block_ = 0;
   uint64_t sorted_[kTileRows];  // the block packed last: position << 8 | ring_offset

@@ -96,7 +96,7 @@ static inline Status check_order(const int32_t* order, const int32_t* starts, in
 }
 
 // Writes codes[position * R + round] such that key j is in the window of query i in that round exactly if
-// -after <= code_i - code_j <= before. Codes are only read to count the rounds in which a pair meets.
+// -after <= code_i - code_j <= before. Codes are only read to find the rounds in which a pair meets.
 //
 // The code of a token is its chunk number, or its rank for rank windows; where keys are sorted apart, a
 // query's code is the rank of the last key before its cursor. Between buckets that a mask separates, codes
@@ -160,7 +160,7 @@ static inline Status prepare_layout(const AttentionParams& p, const Plan& plan, 
                          p.starts_size, sorted, seen);
   if (status != Status::kOk) return status;
   if (plan.separate) write_cursors(p, head, round);
-  return head.codes ? write_codes(p, plan, head, round) : Status::kOk;
+  return code_rounds(p, p.R - 1) > round ? write_codes(p, plan, head, round) : Status::kOk;
 }
 
 }  // namespace REFORMER_ISA

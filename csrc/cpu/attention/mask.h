@@ -1,4 +1,4 @@
-// The mask rules: which keys of a panel a query may attend to, and in how many rounds it meets them.
+// The mask rules: which keys of a panel a query may attend to, and in which rounds it meets them.
 #pragma once
 
 #include "key_panels.h"
@@ -78,34 +78,34 @@ class PairMask {
     }
   }
 
-  // 1 / N for each key of half a panel, N being the number of rounds in which the query meets it. Right only
-  // for keys that it meets in `round`.
-  REFORMER_INLINE_MEMBER vfloat inverse_count(const int32_t* row_codes, const int32_t* panel_codes, int half,
-                                              int64_t round) const {
-    if (p_.rule.ring && !plan_.inside_bucket) return inverse_ring_count(row_codes, panel_codes, half);
+  // Whether a pair that is met in `round` may have to be left to an earlier round: a pair that several rounds
+  // meet is counted in the first of them. On a ring it is counted in all, see inverse_count.
+  bool leaves_pairs(int64_t round) const { return p_.rule.correct_duplicates && !p_.rule.ring && round > 0; }
+
+  // All ones in each lane of half a panel whose key the query meets in no round before `round`.
+  REFORMER_INLINE_MEMBER vint first_met(const int32_t* row_codes, const int32_t* panel_codes, int half,
+                                        int64_t round) const {
     const vuint span = (vuint)splat(plan_.before + plan_.after);
-    vint others{};
-    for (int64_t r = 0; r < p_.R; ++r) {
-      if (r == round) continue;
+    vint met{};
+    for (int64_t r = 0; r < round; ++r) {
       const vuint distance =
           (vuint)(splat(row_codes[r] + plan_.after) - load(panel_codes + r * kPanel + half));
-      others -= (vint)((distance < span ? distance : span) == distance);
+      met |= (vint)((distance < span ? distance : span) == distance);
     }
-    if (p_.R <= kLanes) return look_up(inverses_, others);
-    return 1.0f / __builtin_convertvector(others + 1, vfloat);
+    return ~met;
   }
 
- private:
-  // The same where chunks wrap around the ring: the window may reach keys of any round (with a bucket mask,
-  // of the same round only), and a wide one reaches the same key more than once.
-  __attribute__((noinline)) vfloat inverse_ring_count(const int32_t* row_codes, const int32_t* panel_codes,
-                                                      int half) const {
+  // 1 / N for each key of half a panel, N being how often the query meets it on the ring, in all rounds: the
+  // window may reach keys of any round (with a bucket mask, of the same round only), and a wide one reaches
+  // the same key more than once. Right only for keys that the query meets.
+  __attribute__((noinline)) vfloat inverse_count(const int32_t* row_codes, const int32_t* panel_codes,
+                                                 int half) const {
     const vuint span = (vuint)splat(plan_.before + plan_.after);
     const int32_t rounds = static_cast<int32_t>(p_.R), chunks = static_cast<int32_t>(plan_.chunks);
     vint count{};
     for (int32_t r = 0; r < rounds; ++r)
       for (int32_t other = 0; other < rounds; ++other) {
-        if (plan_.compares_buckets && other != r) continue;
+        if (p_.rule.bucket_mask && other != r) continue;
         for (int32_t lap = -plan_.ring_laps; lap <= plan_.ring_laps; ++lap) {
           const int32_t base = row_codes[r] + (r - other + lap * rounds) * chunks + plan_.after;
           const vint distance = splat(base) - load(panel_codes + other * kPanel + half);
@@ -115,10 +115,10 @@ class PairMask {
     return 1.0f / __builtin_convertvector(count > 1 ? count : splat(1), vfloat);
   }
 
+ private:
   const AttentionParams& p_;
   const Plan& plan_;
   Compare compare_ = Compare::kNone;
-  vfloat inverses_ = 1.0f / __builtin_convertvector(iota() + 1, vfloat);  // 1/1, 1/2, 1/3, ...
 };
 
 }  // namespace REFORMER_ISA

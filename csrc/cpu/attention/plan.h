@@ -48,6 +48,12 @@ struct Plan {
   int32_t ring_laps = 0;          // the most times that a range may go around the ring
 };
 
+// The rounds, from 0 on, whose codes (see write_codes) tiles of `round` read: the earlier ones, which may
+// have met a pair before, or on a ring all, in which a pair is counted.
+REFORMER_INLINE int64_t code_rounds(const AttentionParams& p, int64_t round) {
+  return !p.rule.correct_duplicates ? 0 : p.rule.ring ? p.R : round;
+}
+
 // Whether the sizes by which a plan divides are positive. Without, no plan can be made.
 static inline bool can_plan(const AttentionParams& p) {
   return p.L > 0 && p.Lk > 0 && p.R > 0 && p.starts_size > 1 && p.rule.chunk_length > 0;
@@ -81,7 +87,8 @@ static inline Plan make_plan(const AttentionParams& p) {
     plan.before = static_cast<int32_t>(rule.ring ? rule.chunks_before : min_of(rule.chunks_before, p.L));
     plan.after = static_cast<int32_t>(rule.ring ? rule.chunks_after : min_of(rule.chunks_after, p.L));
   }
-  plan.ring_laps = static_cast<int32_t>((plan.before + plan.after) / (p.R * plan.chunks)) + 2;
+  plan.ring_laps =
+      plan.inside_bucket ? 0 : static_cast<int32_t>((plan.before + plan.after) / (p.R * plan.chunks)) + 2;
   if (!rule.ring) below = min_of(below, p.Lk), above = min_of(above, p.Lk);
   const int64_t needed = ceil_div(below + kTileRows + above, kPanel) + 2 * kTileRows / kPanel;
   // With a rank window all logits of a row are held at once, up to a limit. Its sum then does not depend on

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from python_tests import oracle
+from bench.fuzz import oracle
 from python_tests.helpers import assert_close, padding_mask, random_layout, reference_attention
 from reformer_kernels import Layout, LSHConfig
 from reformer_kernels import functional as F

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from python_tests import oracle
+from bench.fuzz import oracle
 from python_tests.helpers import (
     assert_close,
     gradients,
@@ -379,6 +379,21 @@ def test_dropout_is_inverted_per_round_and_reproducible() -> None:
     assert torch.equal(F.attend(qk, v, layout, config, dropout_p=0.0, seed=0), plain)
 
 
+def test_a_pair_met_in_several_rounds_has_the_dropout_of_the_first() -> None:
+    """Where every round is the same, all but the first could be left out, also under dropout."""
+    rule = self_attention_rule(LSHConfig.paper(chunk_length=4, bucket_factors=(4,)), 30)
+    q, _, v = qkv(1, 2, 30, 4)
+    once = random_layout(1, 2, 1, 30, 4, seed=1)
+    often = Layout(once.order.expand(-1, -1, 3, -1), once.bucket_starts.expand(-1, -1, 3, -1))
+    seed = torch.tensor(5)
+    results = [
+        reference_attention(q, None, v, layout.order, layout.bucket_starts, None, seed, rule, 1, 0.5)
+        for layout in (once, often)
+    ]
+    for one, several in zip(*results, strict=True):
+        assert_close(several, one, 1e-12)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_blocks_of_queries_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIGS[name]
@@ -459,3 +474,20 @@ def test_wrong_layout_values_are_refused() -> None:
         starts[..., place] = value
         with pytest.raises(ValueError, match="rise from 0 to 8"):
             F.attend(qk, v, Layout(layout.order, starts), config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bias", [-1e9, torch.finfo(torch.float32).min])
+def test_rows_that_see_only_keys_with_a_large_bias(dtype: torch.dtype, bias: float) -> None:
+    """Such masks stand for padding elsewhere; beside them the logs of sums and counts vanish."""
+    q, k, v = (x.requires_grad_() for x in qkv(1, 2, 12, 4, dtype=dtype))
+    config = LSHConfig(n_hashes=3, chunk_length=4, attend_across_buckets=True, scale=0.0)
+    layout = F.lsh_layout(q, config, seed=0)
+    options = {"k": k, "backend": "reference", "return_lse": True}
+    plain = F.attend(q, v, layout, config, **options)
+    biased = F.attend(
+        q, v, layout, config, key_padding_mask=torch.full((1, 12), bias, dtype=dtype), **options
+    )
+    assert_close(biased[0], plain[0], 1e-6)
+    for ours, theirs in zip(gradients(biased, (q, k, v)), gradients(plain, (q, k, v)), strict=True):
+        assert_close(ours, theirs, 1e-6)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
-from reformer_kernels._checks import refuse_forward_mode
+from reformer_kernels._checks import refuse_transforms
 from reformer_kernels._limits import MAX_HEAD_DIM
 from reformer_kernels.call import AttentionCall, is_padding
 from reformer_kernels.config import KEY_NORMS, MAX_CHUNK_LENGTH, MAX_NEIGHBOURS, MAX_SCALE
@@ -220,7 +220,7 @@ def attention(
     )
     if call.backend == "reference":
         return reference.attention(arguments)
-    refuse_forward_mode("attention's native kernels have", "backend='reference'", q, k, v)
+    refuse_transforms(f"attention's {call.backend} kernels have", "backend='reference'", q, k, v)
     operators = torch.ops.reformer_kernels
     operator = operators.native_attention if call.backend == "native" else operators.triton_attention
     return operator(*arguments)

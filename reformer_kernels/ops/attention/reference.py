@@ -15,6 +15,7 @@ from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
 from reformer_kernels import _random
+from reformer_kernels._checks import without_transforms
 from reformer_kernels._precision import autocast_suspended
 from reformer_kernels.rule import AttentionRule, key_range, normalise_keys, widest_range
 
@@ -32,7 +33,9 @@ def attention(arguments: Arguments) -> tuple[Tensor, Tensor]:
     """out_i = sum_j p_ij v_j and lse_i, with p = softmax over the instances j that the rule lets i see.
 
     s_ij = scale * q_i . k_j + key_bias_j - log N_ij, lse_i = log sum_j exp(s_ij), p_ij = exp(s_ij - lse_i).
-    N_ij is how often i sees j over all rounds if the rule corrects duplicates, else 1. Dropout acts on p.
+    Where the rule corrects duplicates, i sees j in the lowest of the rounds that let it and in no other; on
+    a ring, which may meet a key twice in a round, it sees j in all of them and N_ij is how often. Else N_ij
+    is 1. Dropout acts on p.
 
     Takes `Arguments`, with key_bias in float64 where q is. Where keys are sorted apart from the queries, a
     query's range lies around its cursor, see `_cursors`; the rule then has a rank window, no ring and no
@@ -135,24 +138,33 @@ def _attend_block(
         key_bias = _look_up(bias[:, None].expand(B, H, L_k), j)
         visible = visible & (key_bias != float("-inf"))
 
+    asking = round_.repeat_interleave(widest_range(rule, L_k))  # [R*W]
+    if rule.correct_duplicates and not rule.ring:
+        seen_in = torch.where(visible, asking, R)
+        first = torch.full((B, H, n, L_k), R, device=q.device).scatter_reduce(-1, j, seen_in, "amin")
+        visible = visible & (asking == first.gather(-1, j))
+
     keys, values = _look_up_rows(k, j, visible), _look_up_rows(v, j, visible)
     logits = scale * torch.einsum("bhnd,bhnwd->bhnw", q[:, :, queries], keys)  # [B, H, n, R*W]
     if bias is not None:
         logits = logits + key_bias.masked_fill(~visible, 0)
-    if rule.correct_duplicates:
-        met = torch.zeros((B, H, n, L_k), dtype=torch.int64, device=q.device)
-        met = met.scatter_add(-1, j, visible.long()).gather(-1, j)
-        logits = logits - met.clamp_min(1).to(logits.dtype).log()
-
     empty = ~visible.any(-1)  # [B, H, n]
     # Zeros in an empty row keep its softmax finite; `visible` takes its weights away below.
     logits = logits.masked_fill(~visible & ~empty[..., None], float("-inf"))
-    lse = logits.logsumexp(-1)
-    weights = (logits - lse[..., None]).exp() * visible
+    # Beside a large bias, logits would lose the log of N, and lse the log of the sum, so neither is added
+    # before the exponentials are taken.
+    largest = logits.detach().amax(-1)
+    exponentials = (logits - largest[..., None]).exp()
+    if rule.correct_duplicates and rule.ring:
+        met = torch.zeros((B, H, n, L_k), dtype=torch.int64, device=q.device)
+        met = met.scatter_add(-1, j, visible.long()).gather(-1, j)
+        exponentials = exponentials / met.clamp_min(1)
+    total = exponentials.sum(-1)
+    lse = total.log() + largest
+    weights = exponentials / total[..., None] * visible
     if dropout_p > 0:
         assert seed is not None
         head = torch.arange(B * H, device=q.device).view(B, H, 1, 1)
-        asking = round_[:, None].expand(R, widest_range(rule, L_k)).flatten()
         slot = (place // L_k) * (4 * -(-L_k // 4)) + place % L_k
         asking_rank = query_rank.repeat_interleave(widest_range(rule, L_k), dim=-1)
         kept = _random.keep(seed.to(q.device), head, asking, asking_rank, slot, dropout_p)
@@ -183,10 +195,10 @@ def _cursors(bucket: Tensor, key_order: Tensor, key_bucket: Tensor, causal: bool
 
 
 def _bucket_of_rank(bucket_starts: Tensor, length: int) -> Tensor:
-    """(B, H, R, L): the bucket of each rank, numbered so that no two rounds share a number."""
-    R, S = bucket_starts.shape[2:]
+    """(..., R, L): the bucket of each rank, numbered so that no two rounds share a number."""
+    R, S = bucket_starts.shape[-2:]
     ranks = torch.arange(length, device=bucket_starts.device, dtype=bucket_starts.dtype)
-    ranks = ranks.expand(*bucket_starts.shape[:3], length).contiguous()
+    ranks = ranks.expand(*bucket_starts.shape[:-1], length).contiguous()
     bucket = torch.searchsorted(bucket_starts.contiguous(), ranks, right=True) - 1
     return bucket + S * torch.arange(R, device=bucket_starts.device)[:, None]
 
@@ -218,6 +230,7 @@ def _check_layout(name: str, order: Tensor, bucket_starts: Tensor, *, sorted_buc
     if order.device.type != "cpu" or torch.compiler.is_compiling() or type(order) is not Tensor:
         return
     L = order.shape[-1]
+    order, bucket_starts = without_transforms(order), without_transforms(bucket_starts)
     if not torch.equal(
         order.sort(dim=-1).values, torch.arange(L, dtype=order.dtype, device=order.device).expand(order.shape)
     ):

@@ -25,6 +25,8 @@ def dropout_factors(seed: int, start: int, shape: Sequence[int], p: float, like:
 
     They depend on the seed and on where chunks begin, so forward and backward must use one chunk size.
     """
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {p}")
     generator = torch.Generator(like.device)
     # An odd multiplier spreads neighbouring chunks over all seeds; the generator mixes them further.
     generator.manual_seed((seed + start * 0x9E3779B97F4A7C15) % 2**63)
@@ -115,6 +117,8 @@ def backward(
 
 def _chunks(rows: int, chunk_size: int) -> Iterator[tuple[int, int]]:
     """The first row and the number of rows of each chunk."""
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be a positive number of rows, got {chunk_size}")
     for start in range(0, rows, chunk_size):
         yield start, min(chunk_size, rows - start)
 

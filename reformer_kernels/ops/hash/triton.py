@@ -19,10 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from reformer_kernels._limits import MAX_HEAD_DIM
+from reformer_kernels.config import AUTOMATIC_ROTATION_WIDTH, automatic_factors
 from reformer_kernels.gpu.architectures import architecture_of
+from reformer_kernels.gpu.cost_model import Shape
 from reformer_kernels.gpu.dot import dot
 from reformer_kernels.gpu.launching import alignment, check_programs, check_rows, on_device, row_strides
-from reformer_kernels.gpu.specializations import TRITON_TYPES, Specialization
+from reformer_kernels.gpu.recording import recording
+from reformer_kernels.gpu.specializations import TRITON_TYPES, Launched, Specialization
 from reformer_kernels.gpu.tiles import Tile, tile
 from reformer_kernels.ops.hash import triton_rotations
 
@@ -34,6 +37,9 @@ FACTORS_A_LAUNCH = 4
 
 _PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 """How many bfloat16 numbers each dtype splits into."""
+
+_PRODUCTS = {1: 3, 2: 5, 3: 6}
+"""How many products of bfloat16 numbers `_product` computes, by parts."""
 
 _INTEGERS = (
     *("batch_stride", "head_stride", "row_stride", "rotation_head_stride", "rotation_stride", "width"),
@@ -253,6 +259,29 @@ def _tile_arguments(chosen: Tile) -> dict[str, int]:
     return {"ROWS": chosen.rows, "COLUMNS": chosen.keys, "DIMS": chosen.dims}
 
 
+def launches(architecture: str, shape: Shape, dtype: torch.dtype) -> list[Launched]:
+    """What `lsh_hash` launches for automatic buckets of tokens without padding, rotations given."""
+    x = torch.empty((1, shape.heads, shape.length, shape.head_dim), dtype=dtype, device="meta")
+    size = (shape.heads, shape.head_dim, shape.n_hashes, AUTOMATIC_ROTATION_WIDTH)
+    rotations = torch.empty(size, dtype=torch.float32, device="meta")
+    with recording(architecture) as recorded:
+        lsh_hash(x, rotations, automatic_factors(shape.length, shape.chunk_length), None, None, 0)
+    return [
+        Launched(
+            one.specialization(
+                architecture=architecture,
+                dtype=dtype,
+                head_dim=shape.head_dim,
+                options="off",
+                tile_names=("ROWS", "COLUMNS", "DIMS"),
+                products=_PRODUCTS[_PARTS[dtype]],
+            ),
+            one.programs,
+        )
+        for one in recorded
+    ]
+
+
 def specializations(
     *, architecture: str, dtype: torch.dtype, head_dim: int, options: str, tiles: Mapping[str, Tile]
 ) -> list[Specialization]:
@@ -284,6 +313,7 @@ def specializations(
             head_dim=head_dim,
             options=options,
             divisible=tuple(pointers),
+            products=_PRODUCTS[_PARTS[dtype]],
         ),
         triton_rotations.specialization(
             architecture=architecture, dtype=dtype, head_dim=head_dim, options=options

@@ -108,6 +108,17 @@ class LossTerms:
                 grad.addr_(smoothing_factor, self.class_weights, alpha=-1)
 
 
+def _check(x: Tensor, weight: Tensor, chunk_size: int) -> None:
+    """Raises ValueError for what the loops cannot go through; the public function checks more, for people."""
+    if x.dim() != 2 or weight.dim() != 2 or weight.size(0) < 1:
+        raise ValueError(
+            f"x must be (rows, d) and weight (V, d) with at least one class, got shapes {tuple(x.shape)} and "
+            f"{tuple(weight.shape)}"
+        )
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be a positive number of rows, got {chunk_size}")
+
+
 def _losses_and_gradients(
     x: Tensor,
     weight: Tensor,
@@ -176,6 +187,7 @@ def loss_sum(
 
     The gradients of weight and bias are in the precision of the sums.
     """
+    _check(x, weight, chunk_size)
     wide = wide_dtype(x.dtype)
     terms = LossTerms.of(target, class_weights, weight.size(0), ignore_index, label_smoothing, z_loss, wide)
     losses = torch.empty(target.shape, dtype=wide, device=x.device)
@@ -196,6 +208,7 @@ def loss_rows(
     chunk_size: int,
 ) -> Tensor:
     """The loss of each row."""
+    _check(x, weight, chunk_size)
     wide = wide_dtype(x.dtype)
     terms = LossTerms.of(target, class_weights, weight.size(0), ignore_index, label_smoothing, z_loss, wide)
     losses = torch.empty(target.shape, dtype=wide, device=x.device)
@@ -217,6 +230,7 @@ def loss_rows_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias from that of each row's loss."""
+    _check(x, weight, chunk_size)
     wide = wide_dtype(x.dtype)
     terms = LossTerms.of(target, class_weights, weight.size(0), ignore_index, label_smoothing, z_loss, wide)
     dx, dw, db = _losses_and_gradients(x, weight, bias, terms, chunk_size, None, grad.to(wide), needs)

@@ -20,9 +20,12 @@ from reformer_kernels.gpu.dot import LOG2E, dot
 from reformer_kernels.ops.attention.triton.dropout import dropout_factors
 from reformer_kernels.ops.attention.triton.gather import head_start, load_rows, product_of_rows
 from reformer_kernels.ops.attention.triton.visibility import (
+    ALL_MEETINGS,
+    FIRST_MEETING,
     layout_of_head,
     load_block,
     load_tile,
+    only_first_meetings,
     reach_of_tile,
     tile_of_program,
     times_met,
@@ -32,7 +35,7 @@ from reformer_kernels.ops.attention.triton.visibility import (
 
 BACKWARD_INTEGERS = (
     *("q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row"),
-    *("grad_batch", "grad_head", "grad_row", "first_head", "round_", "H", "L", "LK", "slots", "R", "S"),
+    *("grad_batch", "grad_head", "grad_row", "first_head", "round_", "H", "L", "LK", "slots", "S"),
     *("before", "after", "chunk_length", "chunks", "wraps", "threshold"),
 )
 """Arguments that the compiler must not specialize for their values, so that a new length compiles nothing."""
@@ -43,16 +46,25 @@ anything above comes from rounding."""
 
 
 @triton.jit
-def _probabilities(logits, lse2, visible, count, DUPLICATES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """exp2(logits - lse2) / count where visible, at most 1: a rounded lse may be below its largest logit."""
+def _probabilities(logits, lse2, count, DUPLICATES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """exp2(logits - lse2) / count, at most 1: a rounded lse may be below its largest logit."""
     exponent = logits - lse2
-    if DUPLICATES:
-        exponent = tl.where(exponent > LARGEST_EXPONENT, LARGEST_EXPONENT, exponent)
-        p = tl.exp2(exponent) / count
-        p = tl.where(p > 1.0, 1.0, p)
-    else:
-        p = tl.exp2(tl.where(exponent > 0.0, 0.0, exponent))
-    return tl.where(visible, p, 0.0)
+    if DUPLICATES == ALL_MEETINGS:
+        p = tl.exp2(_at_most(exponent, LARGEST_EXPONENT)) / count
+        return _at_most(p, 1.0)
+    return tl.exp2(_at_most(exponent, 0.0))
+
+
+@triton.jit
+def _finite_lse(at, valid):  # type: ignore[no-untyped-def]
+    """Log-sum-exps in units of ln 2. That of a query that sees nothing is so large that it has no part."""
+    lse2 = tl.load(at, valid, other=0.0) * LOG2E
+    return tl.where(lse2 == float("-inf"), float("inf"), lse2)
+
+
+@triton.jit
+def _at_most(x, limit):  # type: ignore[no-untyped-def]
+    return tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -104,7 +116,6 @@ def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
     L,
     LK,
     slots,
-    R,
     S,
     before,
     after,
@@ -115,6 +126,7 @@ def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
     scale,
     keep_scale,
     FIRST: tl.constexpr,
+    R: tl.constexpr,
     SEPARATE: tl.constexpr,
     RANK_WINDOW: tl.constexpr,
     RING: tl.constexpr,
@@ -152,11 +164,12 @@ def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
 
     rounds, position, valid, low, high, bucket_id = load_tile(
         order, starts, rank_buckets, lows, highs, head, round_, rank, L,
-        L, before, after, slots, R, S, chunk_length, chunks, wraps, SEPARATE, RANK_WINDOW, RING, BUCKETS, M,
+        L, before, after, slots, R, S, chunk_length, chunks, wraps, SEPARATE, RANK_WINDOW, RING, BUCKETS,
+        CAUSAL, EXCLUDE_SELF, False, M,
     )  # fmt: skip
     unpadded = unpadded_queries(key_bias, position, valid, HAS_BIAS, SEPARATE)
     lowest, highest = reach_of_tile(low, high, valid)
-    lse2 = tl.load(lse + position, valid, other=0.0) * LOG2E
+    lse2 = _finite_lse(lse + position, valid)
     row_delta = tl.load(delta + position, valid, other=0.0)
     if PADDED <= DIMS:
         queries = load_rows(q_start, position, q_row, unpadded, 0, D, PADDED, ALIGN)
@@ -168,7 +181,7 @@ def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
             key_order, starts, rank_buckets, base, highest, round_, LK, slots, R, S, wraps, RING, BUCKETS, N
         )
         if HAS_BIAS:
-            bias = tl.load(key_bias + key_position, key_valid, other=float("-inf"))
+            bias = tl.load(key_bias + key_position, key_valid, other=float("-inf")) * LOG2E
             key_valid = key_valid & (bias > float("-inf"))
         keys = load_rows(k_start, key_position, k_row, key_valid, 0, D, PADDED, ALIGN)
         if PADDED <= DIMS:
@@ -183,18 +196,25 @@ def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
             inverse = tl.load(inverse_norms + key_position, key_valid, other=0.0)
             logits = logits * inverse[None, :]
         if HAS_BIAS:
-            logits += tl.where(key_valid, bias * LOG2E, 0.0)[None, :]
+            logits += bias[None, :]
         visible = visible_pairs(
-            base, lowest, highest, low, high, position, bucket_id, key_position, key_bucket_id, key_valid,
+            base, lowest, highest, low, high, rank, position, bucket_id,
+            key_position, key_bucket_id, key_valid,
             UNIFORM, CAUSAL, EXCLUDE_SELF, BUCKETS, False, M, N,
         )  # fmt: skip
+        logits = tl.where(visible, logits, float("-inf"))
+        if DUPLICATES == FIRST_MEETING:
+            logits = only_first_meetings(
+                logits, codes, key_codes, position, valid, key_position, key_valid, before, after, round_,
+                R, False,
+            )  # fmt: skip
         count = 1.0
-        if DUPLICATES:
+        if DUPLICATES == ALL_MEETINGS:
             count = times_met(
                 codes, key_codes, position, valid, key_position, key_valid, before, after, chunks, wraps, R,
                 RING, BUCKETS, False, M, N,
             )  # fmt: skip
-        p = _probabilities(logits, lse2[:, None], visible, count, DUPLICATES)
+        p = _probabilities(logits, lse2[:, None], count, DUPLICATES)
         if PADDED_V <= DIMS:
             values = load_rows(v_start, key_position, v_row, key_valid, 0, DV, PADDED_V, ALIGN)
             grad_p = dot(grads, tl.trans(values), PRECISION)
@@ -207,7 +227,7 @@ def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
             grad_p = grad_p * dropout_factors(
                 seed, head, rounds, rank, first_key, R * slots, threshold, keep_scale, False, M, N
             )
-        grad_logits = tl.where(visible, p * (grad_p - row_delta[:, None]), 0.0)
+        grad_logits = p * (grad_p - row_delta[:, None])
         if NORM:
             if keys.dtype == tl.float16:  # a gradient times 1 / norm may leave its range
                 keys = (keys.to(tl.float32) * inverse[:, None]).to(tl.float16)
@@ -256,7 +276,6 @@ def attention_backward_keys_kernel(  # type: ignore[no-untyped-def]
     L,
     LK,
     slots,
-    R,
     S,
     before,
     after,
@@ -267,6 +286,7 @@ def attention_backward_keys_kernel(  # type: ignore[no-untyped-def]
     scale,
     keep_scale,
     FIRST: tl.constexpr,
+    R: tl.constexpr,
     SEPARATE: tl.constexpr,
     RANK_WINDOW: tl.constexpr,
     RING: tl.constexpr,
@@ -308,11 +328,12 @@ def attention_backward_keys_kernel(  # type: ignore[no-untyped-def]
     # The queries that see a key are its range looking the other way: before and after are exchanged.
     _rounds, position, valid, low, high, bucket_id = load_tile(
         key_order, starts, rank_buckets, lows, highs, head, round_, rank, LK,
-        L, after, before, slots, R, S, chunk_length, chunks, wraps, SEPARATE, RANK_WINDOW, RING, BUCKETS, M,
+        L, after, before, slots, R, S, chunk_length, chunks, wraps, SEPARATE, RANK_WINDOW, RING, BUCKETS,
+        CAUSAL, EXCLUDE_SELF, True, M,
     )  # fmt: skip
     unpadded = valid
     if HAS_BIAS:
-        bias = tl.load(key_bias + position, valid, other=float("-inf"))
+        bias = tl.load(key_bias + position, valid, other=float("-inf")) * LOG2E
         unpadded = unpadded & (bias > float("-inf"))
     lowest, highest = reach_of_tile(low, high, valid)
     first_key = round_ * slots + (tl.program_id(0) % tl.cdiv(LK, M)) * M
@@ -341,21 +362,26 @@ def attention_backward_keys_kernel(  # type: ignore[no-untyped-def]
             )  # fmt: skip
         logits = logits * factor[:, None]
         if HAS_BIAS:
-            logits += tl.where(unpadded, bias * LOG2E, 0.0)[:, None]
+            logits += bias[:, None]
         visible = visible_pairs(
-            base, lowest, highest, low, high, position, bucket_id,
+            base, lowest, highest, low, high, rank, position, bucket_id,
             query_position, query_bucket_id, query_valid,
             UNIFORM, CAUSAL, EXCLUDE_SELF, BUCKETS, True, M, N,
         )  # fmt: skip
-        visible = visible & unpadded[:, None]
+        logits = tl.where(visible, logits, float("-inf"))
+        if DUPLICATES == FIRST_MEETING:
+            logits = only_first_meetings(
+                logits, key_codes, codes, position, valid, query_position, query_valid, before, after, round_,
+                R, True,
+            )  # fmt: skip
         count = 1.0
-        if DUPLICATES:
+        if DUPLICATES == ALL_MEETINGS:
             count = times_met(
                 key_codes, codes, position, valid, query_position, query_valid,
                 before, after, chunks, wraps, R, RING, BUCKETS, True, M, N,
             )  # fmt: skip
-        lse2 = tl.load(lse + query_position, query_valid, other=0.0) * LOG2E
-        p = _probabilities(logits, lse2[None, :], visible, count, DUPLICATES)
+        lse2 = _finite_lse(lse + query_position, query_valid)
+        p = _probabilities(logits, lse2[None, :], count, DUPLICATES)
         grads = load_rows(grad_start, query_position, grad_row, query_valid, 0, DV, PADDED_V, ALIGN)
         if PADDED_V <= DIMS:
             grad_p = dot(values, tl.trans(grads), PRECISION)
@@ -373,7 +399,7 @@ def attention_backward_keys_kernel(  # type: ignore[no-untyped-def]
             grad_p = grad_p * factors
         grad_values += dot(dropped.to(grads.dtype), grads, PRECISION)
         query_delta = tl.load(delta + query_position, query_valid, other=0.0)
-        grad_logits = tl.where(visible, p * (grad_p - query_delta[None, :]), 0.0)
+        grad_logits = p * (grad_p - query_delta[None, :])
         grad_keys += dot(grad_logits.to(queries.dtype), queries, PRECISION)
     _add_rows(k_sums + (head - first_head) * LK * D, position, grad_keys, valid, D, PADDED, FIRST)
     _add_rows(v_sums + (head - first_head) * LK * DV, position, grad_values, valid, DV, PADDED_V, FIRST)

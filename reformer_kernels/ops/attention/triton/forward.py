@@ -11,9 +11,12 @@ from reformer_kernels.ops.attention.reference import EMPTY_LSE
 from reformer_kernels.ops.attention.triton.dropout import dropout_factors
 from reformer_kernels.ops.attention.triton.gather import aligned, head_start, load_rows, product_of_rows
 from reformer_kernels.ops.attention.triton.visibility import (
+    ALL_MEETINGS,
+    FIRST_MEETING,
     layout_of_head,
     load_block,
     load_tile,
+    only_first_meetings,
     reach_of_tile,
     tile_of_program,
     times_met,
@@ -22,8 +25,11 @@ from reformer_kernels.ops.attention.triton.visibility import (
 )
 
 LOWEST = tl.constexpr(-3.0e38)
-"""The least logit of a key that is seen. A key that is not seen has -inf, so that a row whose logits all
-overflowed does not pass for a row that sees nothing."""
+"""The least logit of a key that is seen, before its bias. A key that is not seen has -inf, so that a row
+whose logits all overflowed does not pass for a row that sees nothing."""
+
+HARDLY_LOWEST = tl.constexpr(-2.9e38)
+"""Below it lies LOWEST with any finite bias."""
 
 SELF_ONLY = tl.constexpr(EMPTY_LSE)
 """The log-sum-exp of a query that may attend only to itself."""
@@ -33,7 +39,7 @@ NEXT_TO_SELF_ONLY = tl.constexpr(-99999.9921875)
 FORWARD_INTEGERS = (
     *("q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row"),
     *("out_batch", "out_head", "out_row", "running_batch", "running_head", "running_row"),
-    *("running_first", "first_head", "round_", "H", "L", "LK", "slots", "R", "S"),
+    *("running_first", "first_head", "round_", "H", "L", "LK", "slots", "S"),
     *("before", "after", "chunk_length", "chunks", "wraps", "threshold"),
 )
 """Arguments that the compiler must not specialize for their values, so that a new length compiles nothing."""
@@ -80,7 +86,6 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
     L,
     LK,
     slots,
-    R,
     S,
     before,
     after,
@@ -92,6 +97,7 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
     keep_scale,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
+    R: tl.constexpr,
     SEPARATE: tl.constexpr,
     RANK_WINDOW: tl.constexpr,
     RING: tl.constexpr,
@@ -131,7 +137,8 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
 
     rounds, position, valid, low, high, bucket_id = load_tile(
         order, starts, rank_buckets, lows, highs, head, round_, rank, L,
-        L, before, after, slots, R, S, chunk_length, chunks, wraps, SEPARATE, RANK_WINDOW, RING, BUCKETS, M,
+        L, before, after, slots, R, S, chunk_length, chunks, wraps, SEPARATE, RANK_WINDOW, RING, BUCKETS,
+        CAUSAL, EXCLUDE_SELF, False, M,
     )  # fmt: skip
     unpadded = unpadded_queries(key_bias, position, valid, HAS_BIAS, SEPARATE)
     lowest, highest = reach_of_tile(low, high, valid)
@@ -145,7 +152,7 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
             key_order, starts, rank_buckets, base, highest, round_, LK, slots, R, S, wraps, RING, BUCKETS, N
         )
         if HAS_BIAS:
-            bias = tl.load(key_bias + key_position, key_valid, other=float("-inf"))
+            bias = tl.load(key_bias + key_position, key_valid, other=float("-inf")) * LOG2E
             key_valid = key_valid & (bias > float("-inf"))
         if PADDED <= DIMS:
             keys = load_rows(k_start, key_position, k_row, key_valid, 0, D, PADDED, ALIGN)
@@ -160,18 +167,25 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
             logits = logits * factor[None, :]
         else:
             logits = logits * (scale * LOG2E)
+        logits = tl.maximum(logits, LOWEST, propagate_nan=tl.PropagateNan.ALL)
         if HAS_BIAS:
-            logits += tl.where(key_valid, bias * LOG2E, 0.0)[None, :]
+            logits += bias[None, :]
         visible = visible_pairs(
-            base, lowest, highest, low, high, position, bucket_id, key_position, key_bucket_id, key_valid,
+            base, lowest, highest, low, high, rank, position, bucket_id,
+            key_position, key_bucket_id, key_valid,
             UNIFORM, CAUSAL, EXCLUDE_SELF, BUCKETS, False, M, N,
         )  # fmt: skip
-        logits = tl.where(visible, tl.where(logits < LOWEST, LOWEST, logits), float("-inf"))
+        logits = tl.where(visible, logits, float("-inf"))
+        if DUPLICATES == FIRST_MEETING:
+            logits = only_first_meetings(
+                logits, codes, key_codes, position, valid, key_position, key_valid, before, after, round_,
+                R, False,
+            )  # fmt: skip
 
         new_largest = tl.maximum(largest, tl.max(logits, 1))
         shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
         p = tl.exp2(logits - shift[:, None])
-        if DUPLICATES:
+        if DUPLICATES == ALL_MEETINGS:
             p = p / times_met(
                 codes, key_codes, position, valid, key_position, key_valid, before, after, chunks, wraps, R,
                 RING, BUCKETS, False, M, N,
@@ -187,7 +201,7 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
         largest = new_largest
 
     # A row whose logits all overflowed has no result.
-    total = tl.where(largest == LOWEST, float("nan"), total)
+    total = tl.where((largest < HARDLY_LOWEST) & (largest > float("-inf")), float("nan"), total)
     lse2 = largest + tl.log2(total)
     sums = sums / tl.where(total == 0.0, 1.0, total)[:, None]
     d = tl.arange(0, PADDED_V)

@@ -24,6 +24,7 @@ from reformer_kernels.ops.attention.triton.backward import (
 from reformer_kernels.ops.attention.triton.forward import attention_forward_kernel
 from reformer_kernels.ops.attention.triton.plan import (
     NO_BUCKETS,
+    NO_DUPLICATES,
     Plan,
     device_seed,
     head_dims,
@@ -196,7 +197,7 @@ def _layout_tables(inputs: Inputs, plan: Plan) -> dict[str, Tensor]:
     def grid(length: int) -> tuple[int]:
         return (check_programs(B * H * R * triton.cdiv(length, TABLE_BLOCK)),)
 
-    has_codes = plan.rule.correct_duplicates and plan.meets_again
+    has_codes = plan.duplicates != NO_DUPLICATES
     tables = {"codes": empty(L, R)} if has_codes else {}
     if inputs.key_order is not None and inputs.key_starts is not None:
         if has_codes:
@@ -408,6 +409,6 @@ def backward(
                 HAS_BIAS=inputs.key_bias is not None,
                 EXCLUDE_SELF=rule.exclude_self,
                 **head_dims(D, DV),
-                ALIGN=alignment(q, grad_out),
+                ALIGN=alignment(q, grad_out, grad_q, grad_q if grad_k is None else grad_k, grad_v),
                 BLOCK=block,
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +9,17 @@ import torch
 from torch import Tensor
 
 from reformer_kernels._precision import tf32_allowed
+from reformer_kernels.gpu.architectures import INTERPRETER, architecture_of, cache_and_multiprocessors
 from reformer_kernels.gpu.tiles import Tile, padded_head_dim
 from reformer_kernels.rule import AttentionRule
 
 NO_BUCKETS, INSIDE_BUCKET, COMPARE_BUCKETS = range(3)
 """How kernels keep a query inside its bucket: not at all; by cutting its range to the bucket; or by comparing
 the buckets of each pair, where the ring comes back to the query's own round."""
+
+NO_DUPLICATES, FIRST_MEETING, ALL_MEETINGS = range(3)
+"""How kernels count a pair that several rounds meet: in each; in the first; or in each, divided by how often,
+where a ring may meet it twice in a round."""
 
 MAX_RING = 2**30
 """The most slots of a ring, which kernels count in 32 bits."""
@@ -62,7 +66,7 @@ class Plan:
 
         Where keys are sorted apart, kernels use `before` to compare codes alone, and those reach one less.
         """
-        names = ("L", "LK", "R", "S", "slots", "after", "chunk_length", "chunks", "wraps")
+        names = ("L", "LK", "S", "slots", "after", "chunk_length", "chunks", "wraps")
         return {name: getattr(self, name) for name in names} | {"before": self.before - self.separate}
 
     def constants(self, tile: Tile) -> dict[str, Any]:
@@ -79,10 +83,18 @@ class Plan:
             "UNIFORM": uniform,
             "CAUSAL": rule.causal,
             "EXCLUDE_SELF": rule.exclude_self,
-            "DUPLICATES": rule.correct_duplicates and self.meets_again,
+            "DUPLICATES": self.duplicates,
+            "R": self.R,
             "M": tile.rows,
             "N": tile.keys,
         }
+
+    @property
+    def duplicates(self) -> int:
+        """NO_DUPLICATES, FIRST_MEETING or ALL_MEETINGS."""
+        if not (self.rule.correct_duplicates and self.meets_again):
+            return NO_DUPLICATES
+        return ALL_MEETINGS if self.rule.ring else FIRST_MEETING
 
     @property
     def meets_again(self) -> bool:
@@ -109,6 +121,8 @@ def make_plan(rule: AttentionRule, R: int, L: int, LK: int, S: int, *, separate:
     ring = ring and not inside
     if rule.rank_window:
         before, after = min(rule.window_before, LK), min(rule.window_after, LK)
+        if separate and rule.causal and inside:
+            after = 0  # the keys of a bucket from the cursor on are later
     elif ring:
         before, after = rule.chunks_before, rule.chunks_after
     else:
@@ -163,18 +177,12 @@ def heads_together(device: torch.device, heads: int, tiles: int, bytes_a_head: i
     It is as many as stay in the last-level cache from round to round (`bytes_a_head` each), and enough to
     fill the device, which a head keeps busy with `tiles` programs.
     """
-    if device.type != "cuda":
+    if architecture_of(device) == INTERPRETER:
         return max(1, heads // 2)  # so that tests in the interpreter have groups
-    cache, processors = _cache_and_processors(device)
+    cache, processors = cache_and_multiprocessors(device)
     fitting = int(L2_SHARE * cache) // max(1, bytes_a_head)
     filling = -(-4 * processors // tiles)
     return min(heads, max(1, fitting, filling))
-
-
-@functools.cache
-def _cache_and_processors(device: torch.device) -> tuple[int, int]:
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "L2_cache_size", 40 * 2**20), properties.multi_processor_count
 
 
 def device_seed(seed: Tensor, device: torch.device) -> Tensor:

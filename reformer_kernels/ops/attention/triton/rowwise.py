@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from reformer_kernels.ops.attention.triton.forward import SELF_ONLY
-from reformer_kernels.ops.attention.triton.gather import head_start, load_rows
+from reformer_kernels.ops.attention.triton.gather import aligned, head_start, load_rows
 
 ROW_INTEGERS = (
     *("q_batch", "q_head", "q_row", "out_batch", "out_head", "out_row"),
@@ -172,14 +172,16 @@ def attention_finish_kernel(  # type: ignore[no-untyped-def]
             gk = gk - along[:, None] * k
         gq += gk
     wide_row = row.to(tl.int64)[:, None]
-    start = head_start(grad_q, head, H, grad_q_batch, grad_q_head, 1)
+    start = head_start(grad_q, head, H, grad_q_batch, grad_q_head, ALIGN)
     tl.store(
-        start + wide_row * grad_q_row + d[None, :], gq.to(grad_q.dtype.element_ty), valid[:, None] & width
+        start + wide_row * aligned(grad_q_row, ALIGN) + d[None, :],
+        gq.to(grad_q.dtype.element_ty),
+        valid[:, None] & width,
     )
     if not SHARED:
-        start = head_start(grad_k, head, H, grad_k_batch, grad_k_head, 1)
+        start = head_start(grad_k, head, H, grad_k_batch, grad_k_head, ALIGN)
         gk = gk.to(grad_k.dtype.element_ty)
-        tl.store(start + wide_row * grad_k_row + d[None, :], gk, key_valid[:, None] & width)
+        tl.store(start + wide_row * aligned(grad_k_row, ALIGN) + d[None, :], gk, key_valid[:, None] & width)
 
     d = tl.arange(0, PADDED_V)
     width = (d < DV)[None, :]
@@ -191,6 +193,6 @@ def attention_finish_kernel(  # type: ignore[no-untyped-def]
             head_start(grad_out, head, H, grad_batch, grad_head, ALIGN),
             row, grad_row, alone, 0, DV, PADDED_V, ALIGN,
         ).to(tl.float32)  # fmt: skip
-    start = head_start(grad_v, head, H, grad_v_batch, grad_v_head, 1)
+    start = head_start(grad_v, head, H, grad_v_batch, grad_v_head, ALIGN)
     gv = gv.to(grad_v.dtype.element_ty)
-    tl.store(start + wide_row * grad_v_row + d[None, :], gv, key_valid[:, None] & width)
+    tl.store(start + wide_row * aligned(grad_v_row, ALIGN) + d[None, :], gv, key_valid[:, None] & width)

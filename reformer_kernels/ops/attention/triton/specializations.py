@@ -1,138 +1,137 @@
-"""Every Triton kernel of attention, described as its launcher compiles it: see `gpu.specializations`."""
+"""Every Triton kernel of attention as its launcher compiles it: see `gpu.specializations`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
+from torch import Tensor
 
-from reformer_kernels.gpu.specializations import TRITON_TYPES, Specialization
-from reformer_kernels.gpu.tiles import Tile, padded_head_dim, tile
-from reformer_kernels.ops.attention.triton.backward import (
-    BACKWARD_INTEGERS,
-    attention_backward_keys_kernel,
-    attention_backward_queries_kernel,
-)
-from reformer_kernels.ops.attention.triton.forward import FORWARD_INTEGERS, attention_forward_kernel
-from reformer_kernels.ops.attention.triton.launch import TABLE_BLOCK, rows_a_program
-from reformer_kernels.ops.attention.triton.plan import INSIDE_BUCKET, NO_BUCKETS, head_dims, precision
-from reformer_kernels.ops.attention.triton.rowwise import (
-    FINISH_INTEGERS,
-    ROW_INTEGERS,
-    attention_finish_kernel,
-    attention_rows_kernel,
-)
-from reformer_kernels.ops.attention.triton.tables import (
-    CURSOR_INTEGERS,
-    TABLE_INTEGERS,
-    attention_cursors_kernel,
-    attention_tables_kernel,
-)
+from reformer_kernels.gpu.cost_model import Shape
+from reformer_kernels.gpu.presets import PRESETS
+from reformer_kernels.gpu.recording import Launch, recording
+from reformer_kernels.gpu.specializations import Launched, Specialization
+from reformer_kernels.gpu.tiles import Tile
+from reformer_kernels.ops.attention.triton import launch
 
-TILED = {
-    "attention_forward": attention_forward_kernel,
-    "attention_backward_queries": attention_backward_queries_kernel,
-    "attention_backward_keys": attention_backward_keys_kernel,
-}
-"""The kernels that have rows in the table of tiles."""
+PRODUCTS = {"attention_forward": 2, "attention_backward_queries": 3, "attention_backward_keys": 4}
+"""How many matrix products a kernel computes over its pairs. These kernels have tiles in the table."""
 
-_ROW_TENSORS = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
-_FLOAT_TENSORS = (
-    "lse",
-    "delta",
-    "inverse_norms",
-    "key_bias",
-    "running",
-    "q_sums",
-    "k_sums",
-    "v_sums",
-    "grad_lse",
-)
-_INT_TENSORS = (
-    *("order", "starts", "key_order", "key_starts", "rank_buckets", "codes", "key_codes"),
-    *("lows", "highs", "cursors"),
-)
+LENGTH = 4096
+"""The tokens for which kernels are described. Other lengths have the same kernels."""
+
+_ROWS = {"q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v"}
+"""The arguments of kernels that are rows of the call's tensors."""
+
+_STORED = {"running", "q_sums", "k_sums", "v_sums", "grad_q", "grad_k", "grad_v"}
+"""The arguments that are rows which a kernel stores."""
 
 
 def specializations(
-    *, architecture: str, dtype: torch.dtype, head_dim: int, options: str, tiles: Mapping[str, Tile]
+    *,
+    architecture: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    options: str,
+    tiles: Mapping[str, Tile],
+    preset: str,
+    rounds: int,
 ) -> list[Specialization]:
-    """The kernels for tensors of `dtype` and `head_dim`: see `gpu.specializations`.
+    """The kernels of a call's forward and backward pass: see `gpu.specializations`.
 
-    With options "off" they do one round of local attention with separate keys and no mask; with "all" a
-    middle round of causal LSH attention inside buckets that corrects duplicates, with key bias and dropout.
+    With options "off" there is no padding and no dropout; with "all" there are both, and a gradient of the
+    log-sum-exp. Where a kernel has a variant for the first, the middle and the last round, "off" takes the
+    most frequent one and "all" the last one.
     """
-    everything = options == "all"
-    pointers = {
-        **dict.fromkeys(_ROW_TENSORS, "*" + TRITON_TYPES[dtype]),
-        **dict.fromkeys(_FLOAT_TENSORS, "*fp32"),
-        **dict.fromkeys(_INT_TENSORS, "*i32"),
-        "seed": "*i64",
-    }
-    sizes = {**head_dims(head_dim, head_dim), "ALIGN": 16 // dtype.itemsize}
-    flags = {"NORM": int(everything), "HAS_BIAS": everything, "EXCLUDE_SELF": everything}
+    shape = Shape(head_dim=head_dim, n_hashes=rounds, bits=8 * dtype.itemsize, length=LENGTH)
+    launched = launches(architecture, shape, dtype, preset, options=options, tiles=tiles)
+    listed = [one.specialization for one in launched]
+    if options == "off":
+        listed = sorted(listed, key=listed.count)
+    chosen = {}
+    for one in listed:
+        kind = {name: value for name, value in one.constexprs.items() if name not in ("FIRST", "LAST")}
+        chosen[one.name, str(kind)] = one
+    return list(chosen.values())
 
-    def specialization(kernel: Any, name: str, integers: tuple[str, ...], chosen: Tile | None, **values: Any):  # type: ignore[no-untyped-def]
-        names = [name for name in kernel.arg_names if name not in values]
-        types = dict.fromkeys(integers, "i32") | dict.fromkeys(("scale", "keep_scale"), "fp32") | pointers
-        return Specialization(
-            kernel=kernel,
-            name=name,
-            signature={name: types[name] for name in names},
-            constexprs=values,
-            tile=chosen,
-            architecture=architecture,
-            dtype=dtype,
-            head_dim=head_dim,
-            options=options,
-            divisible=tuple(name for name in names if name in pointers),
-            multiplies=chosen is not None and (dtype != torch.float32 or values["PRECISION"] == "tf32"),
-            gathers=any(name in _ROW_TENSORS for name in names),
-        )
 
-    listed = []
-    for name, kernel in TILED.items():
-        chosen = tiles.get(name) or tile(
-            name, architecture=architecture, bits=8 * dtype.itemsize, head_dim=head_dim
-        )
-        rounds = {"FIRST": not everything}
-        integers: tuple[str, ...] = BACKWARD_INTEGERS
-        if kernel is attention_forward_kernel:
-            rounds["LAST"] = not everything
-            integers = FORWARD_INTEGERS
-        constants = {
-            "SEPARATE": False,
-            "RANK_WINDOW": False,
-            "RING": False,
-            "BUCKETS": INSIDE_BUCKET if everything else NO_BUCKETS,
-            "UNIFORM": not everything,
-            "CAUSAL": everything,
-            "DUPLICATES": everything,
-            "DROPOUT": everything,
-            "PRECISION": precision(dtype),
-            "M": chosen.rows,
-            "N": chosen.keys,
-            "DIMS": min(chosen.dims, padded_head_dim(head_dim)),
-        }
-        listed.append(specialization(kernel, name, integers, chosen, **rounds, **constants, **flags, **sizes))
-    block = rows_a_program(head_dim)
-    tables = {"RANK_WINDOW": False, "BUCKETS": everything, "CODES": True, "BLOCK": TABLE_BLOCK}
-    listed.append(specialization(attention_tables_kernel, "attention_tables", TABLE_INTEGERS, None, **tables))
-    for keys in (False, True):
-        cursors = {
-            "KEYS": keys,
-            "CAUSAL": everything,
-            "BUCKETS": everything,
-            "CODES": True,
-            "BLOCK": TABLE_BLOCK,
-        }
-        name = f"attention_cursors_of_{'keys' if keys else 'queries'}"
-        listed.append(specialization(attention_cursors_kernel, name, CURSOR_INTEGERS, None, **cursors))
-    rows = {"NORM": int(everything), "DELTA": True, "HAS_GRAD_LSE": everything, "BLOCK": block, **sizes}
-    listed.append(specialization(attention_rows_kernel, "attention_rows", ROW_INTEGERS, None, **rows))
-    finish = {"SEPARATE": False, "SHARED": everything, "BLOCK": block, **flags, **sizes}
-    listed.append(
-        specialization(attention_finish_kernel, "attention_finish", FINISH_INTEGERS, None, **finish)
+def launches(
+    architecture: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    preset: str,
+    *,
+    options: str = "off",
+    tiles: Mapping[str, Tile] | None = None,
+    backward: bool = True,
+) -> list[Launched]:
+    """What the launchers launch for a forward pass and, unless `backward` is False, a backward pass.
+
+    The layout is given: hashing and sorting are other operations.
+    """
+    kind, everything = PRESETS[preset], options == "all"
+    B, H, L, D = 1, shape.heads, shape.length, shape.head_dim
+    rounds, rule = kind.rounds(shape.n_hashes), kind.rule(L, shape.chunk_length)
+
+    def empty(*sizes: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    def rows() -> Tensor:
+        return empty(B, H, L, D, dtype=dtype)
+
+    order = empty(B, H, rounds, L, dtype=torch.int32)
+    starts = empty(B, H, rounds, kind.buckets(L, shape.chunk_length) + 2, dtype=torch.int32)
+    apart = kind.keys == "apart"
+    inputs = launch.Inputs(
+        q=rows(),
+        k=None if kind.keys == "shared" else rows(),
+        v=rows(),
+        order=order,
+        starts=starts,
+        key_bias=empty(B, L, dtype=torch.float32) if everything else None,
+        seed=empty(1, dtype=torch.int64) if everything else None,
+        key_order=torch.empty_like(order) if apart else None,
+        key_starts=torch.empty_like(starts) if apart else None,
     )
-    return listed
+    config = kind.sized(L, shape.chunk_length)
+    scale = config.logit_scale(D, shared_qk=kind.keys == "shared")
+    dropout_p = 0.1 if everything else 0.0
+    out, lse = rows(), empty(B, H, L, dtype=torch.float32)
+    with recording(architecture, tiles) as recorded:
+        launch.forward(inputs, rule, scale, dropout_p, out, lse)
+        if backward:
+            grad_lse = torch.empty_like(lse) if everything else None
+            grad_k = None if kind.keys == "shared" else rows()
+            launch.backward(
+                rows(), grad_lse, out, lse, inputs, rule, scale, dropout_p, rows(), grad_k, rows()
+            )
+    return [
+        Launched(_specialization(one, architecture, shape, dtype, options, preset, rounds), one.programs)
+        for one in recorded
+    ]
+
+
+def _specialization(
+    recorded: Launch,
+    architecture: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    options: str,
+    preset: str,
+    rounds: int,
+) -> Specialization:
+    products = PRODUCTS.get(recorded.name, 0)
+    tensor_cores = dtype != torch.float32 or recorded.arguments.get("PRECISION") == "tf32"
+    return recorded.specialization(
+        architecture=architecture,
+        dtype=dtype,
+        head_dim=shape.head_dim,
+        options=options,
+        preset=preset,
+        rounds=rounds,
+        tile_names=("M", "N", "DIMS") if products else (),
+        multiplies=products > 0 and tensor_cores,
+        gathers=bool(_ROWS & set(recorded.kernel.arg_names)),
+        scatters=bool(_STORED & set(recorded.kernel.arg_names)),
+        products=products,
+    )

@@ -25,6 +25,9 @@ NO_BUCKETS = tl.constexpr(plan.NO_BUCKETS)
 INSIDE_BUCKET = tl.constexpr(plan.INSIDE_BUCKET)
 COMPARE_BUCKETS = tl.constexpr(plan.COMPARE_BUCKETS)
 
+FIRST_MEETING = tl.constexpr(plan.FIRST_MEETING)
+ALL_MEETINGS = tl.constexpr(plan.ALL_MEETINGS)
+
 BEYOND_ALL_SLOTS = tl.constexpr(1 << 30)
 
 
@@ -57,7 +60,7 @@ def load_tile(  # type: ignore[no-untyped-def]
     order, starts, rank_buckets, lows, highs, head, round_, rank, length,
     L, before, after, slots, R, S, chunk_length, chunks, wraps,
     SEPARATE: tl.constexpr, RANK_WINDOW: tl.constexpr, RING: tl.constexpr, BUCKETS: tl.constexpr,
-    M: tl.constexpr,
+    CAUSAL: tl.constexpr, EXCLUDE_SELF: tl.constexpr, ROWS_ARE_KEYS: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """A tile's rows [M]: rounds, positions, which are valid, slots [low, high) that each meets, bucket ids.
 
@@ -80,6 +83,12 @@ def load_tile(  # type: ignore[no-untyped-def]
             rank, bucket_low, bucket_high, before, after, L, slots, R, chunk_length, chunks, wraps,
             RANK_WINDOW, RING, BUCKETS,
         )  # fmt: skip
+        if BUCKETS == INSIDE_BUCKET and CAUSAL:
+            # Buckets are sorted by position, so that their ranks say who is earlier.
+            if ROWS_ARE_KEYS:
+                low = tl.maximum(low, rank + 1 if EXCLUDE_SELF else rank)
+            else:
+                high = tl.minimum(high, rank if EXCLUDE_SELF else rank + 1)
     return rounds, position, valid, low, high, bucket_id
 
 
@@ -115,7 +124,7 @@ def unpadded_queries(  # type: ignore[no-untyped-def]
 @triton.jit
 def _chunk_start(chunk, chunks, chunk_length, slots, R, wraps):  # type: ignore[no-untyped-def]
     """The slot at which a chunk starts, counted from round 0. The last chunk of each round is short."""
-    lift = wraps * R.to(tl.int64)  # in rounds, so that no negative number is divided
+    lift = wraps.to(tl.int64) * R  # in rounds, so that no negative number is divided
     lifted = chunk.to(tl.int64) + lift * chunks
     round_ = lifted // chunks
     return (round_ - lift) * slots + (lifted - round_ * chunks) * chunk_length
@@ -152,7 +161,7 @@ def block_ranks(base, round_, slots, R, wraps, RING: tl.constexpr, N: tl.constex
     """The first of the N slots from `base` of the tile's round, counted around the ring, and the round and
     the rank of each."""
     if RING:
-        ring = R.to(tl.int64) * slots
+        ring = slots.to(tl.int64) * R
         first_slot = ((round_ * slots + base + (wraps + 1) * ring) % ring).to(tl.int32)
         slot = (first_slot + tl.arange(0, N)) % (R * slots)
         rounds = slot // slots
@@ -191,74 +200,99 @@ def reach_of_tile(low, high, valid):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def visible_pairs(  # type: ignore[no-untyped-def]
-    base, lowest, highest, row_low, row_high, row_position, row_bucket_id,
+    base, lowest, highest, row_low, row_high, row_rank, row_position, row_bucket_id,
     column_position, column_bucket_id, column_valid,
     UNIFORM: tl.constexpr, CAUSAL: tl.constexpr, EXCLUDE_SELF: tl.constexpr, BUCKETS: tl.constexpr,
     ROWS_ARE_KEYS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """[M, N]: whether each row and each column, which are in the slots from `base` on, see one another.
 
-    UNIFORM: every row has the range of its tile, so that one comparison serves a whole column."""
+    UNIFORM: every row has the range of its tile, so that one comparison serves a whole column. Inside a
+    bucket, ranges say all but who a row itself is. Padding and duplicates are left to others.
+    """
+    column = tl.arange(0, N)
     if UNIFORM:
-        slot = base + tl.arange(0, N)
-        inside = column_valid & (slot >= lowest) & (slot < highest)
-        visible = tl.broadcast_to(inside[None, :], [M, N])
+        column_valid = column_valid & (base + column >= lowest) & (base + column < highest)
+        visible = tl.broadcast_to(column_valid[None, :], [M, N])
     else:
         # Counted from the start of the block, so that 32 bits are enough.
         low = tl.minimum(tl.maximum(row_low - base, 0), N).to(tl.int32)
         high = tl.minimum(tl.maximum(row_high - base, 0), N).to(tl.int32)
-        column = tl.arange(0, N)[None, :]
-        visible = column_valid[None, :] & (column >= low[:, None]) & (column < high[:, None])
-    if CAUSAL:
-        distance = row_position[:, None] - column_position[None, :]  # query position minus key position
+        visible = (column[None, :] >= low[:, None]) & (column[None, :] < high[:, None])
+    if BUCKETS == INSIDE_BUCKET:
+        if EXCLUDE_SELF and not CAUSAL:
+            visible = visible & ((row_rank - base)[:, None] != column[None, :])
+    elif CAUSAL:
+        # A column that is not valid has a place that no row passes.
         if ROWS_ARE_KEYS:
-            distance = -distance
-        visible = visible & (distance >= (1 if EXCLUDE_SELF else 0))
-    elif EXCLUDE_SELF:
-        visible = visible & (row_position[:, None] != column_position[None, :])
+            place = tl.where(column_valid, column_position, -1)[None, :]
+            later = place > row_position[:, None] if EXCLUDE_SELF else place >= row_position[:, None]
+        else:
+            place = tl.where(column_valid, column_position, BEYOND_ALL_SLOTS)[None, :]
+            later = place < row_position[:, None] if EXCLUDE_SELF else place <= row_position[:, None]
+        visible = later if UNIFORM else visible & later
+    else:
+        visible = visible & column_valid[None, :]
+        if EXCLUDE_SELF:
+            visible = visible & (row_position[:, None] != column_position[None, :])
     if BUCKETS == COMPARE_BUCKETS:
         visible = visible & (row_bucket_id[:, None] == column_bucket_id[None, :])
     return visible
 
 
 @triton.jit
+def only_first_meetings(  # type: ignore[no-untyped-def]
+    logits, row_codes, column_codes, row_position, row_valid, column_position, column_valid,
+    before, after, round_, R: tl.constexpr, ROWS_ARE_KEYS: tl.constexpr,
+):  # fmt: skip
+    """`logits` [M, N], with -inf where a pair met in a round before `round_`.
+
+    The codes (positions, R) are those of `tables`: in round r, query i meets key j exactly where
+    -after <= code_i - code_j <= before.
+    """
+    span = (before + after).to(tl.uint32)
+    shift = before if ROWS_ARE_KEYS else after  # so that rows less columns are at least 0
+    row_codes += row_position.to(tl.int64) * R
+    column_codes += column_position.to(tl.int64) * R
+    for earlier in tl.static_range(R - 1):
+        if earlier < round_:
+            rows = tl.load(row_codes + earlier, row_valid, other=0) + shift
+            columns = tl.load(column_codes + earlier, column_valid, other=0)
+            distance = (rows[:, None] - columns[None, :]).to(tl.uint32, bitcast=True)
+            logits = tl.where(distance <= span, float("-inf"), logits)
+    return logits
+
+
+@triton.jit
 def times_met(  # type: ignore[no-untyped-def]
     row_codes, column_codes, row_position, row_valid, column_position, column_valid,
-    before, after, chunks, wraps, R,
+    before, after, chunks, wraps, R: tl.constexpr,
     RING: tl.constexpr, BUCKETS: tl.constexpr, ROWS_ARE_KEYS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """[M, N] float32, at least 1: how often each pair meets over all rounds, if it may meet at all.
 
-    The codes (positions, R) are those of `tables`: in round r, query i meets key j exactly where
-    -after <= code_i - code_j <= before.
+    For codes see `only_first_meetings`. Around a ring, rounds meet one another.
     """
     count = tl.zeros([M, N], tl.int32)
     span = (before + after).to(tl.uint32)
     row_codes += row_position.to(tl.int64) * R
     column_codes += column_position.to(tl.int64) * R
-    if RING and BUCKETS != INSIDE_BUCKET:
-        for query_round in range(R):
-            for key_round in range(R):
-                row_round, column_round = query_round, key_round
-                if ROWS_ARE_KEYS:
-                    row_round, column_round = key_round, query_round
-                rows = tl.load(row_codes + row_round, row_valid, other=0)[:, None]
-                columns = tl.load(column_codes + column_round, column_valid, other=0)[None, :]
-                for wrap in range(-wraps, wraps + 1):
-                    distance = rows - columns
-                    if ROWS_ARE_KEYS:
-                        distance = -distance
-                    distance += (query_round - key_round + wrap * R) * chunks + after
-                    met = distance.to(tl.uint32, bitcast=True) <= span
-                    if BUCKETS == COMPARE_BUCKETS:
-                        met = met & (query_round == key_round)
-                    count += met.to(tl.int32)
-    else:
-        for r in range(R):
-            rows = tl.load(row_codes + r, row_valid, other=0)[:, None]
-            columns = tl.load(column_codes + r, column_valid, other=0)[None, :]
-            distance = rows - columns
+    for query_round in range(R):
+        for key_round in range(R if RING else 1):
+            if not RING:
+                key_round = query_round
+            row_round, column_round = query_round, key_round
             if ROWS_ARE_KEYS:
-                distance = -distance
-            count += ((distance + after).to(tl.uint32, bitcast=True) <= span).to(tl.int32)
+                row_round, column_round = key_round, query_round
+            rows = tl.load(row_codes + row_round, row_valid, other=0)[:, None]
+            columns = tl.load(column_codes + column_round, column_valid, other=0)[None, :]
+            for wrap in range(-wraps if RING else 0, wraps + 1 if RING else 1):
+                distance = rows - columns
+                if ROWS_ARE_KEYS:
+                    distance = -distance
+                distance += (query_round - key_round + wrap * R) * chunks + after
+                met = distance.to(tl.uint32, bitcast=True) <= span
+                if BUCKETS == COMPARE_BUCKETS:
+                    met = met & (query_round == key_round)
+                count += met.to(tl.int32)
     return tl.maximum(count, 1).to(tl.float32)

@@ -1,4 +1,4 @@
-"""Attention as semantics define it, in scalar Python loops: shares no code with the package.
+"""Attention as its rule defines it, pairs found in scalar Python loops: shares no code with the package.
 
 Slow on purpose and independent of the reference's tensor algebra; for tiny sizes.
 """
@@ -54,9 +54,8 @@ def instances(
     for r in range(R):
         rank = list(order[r]).index(i)
         if rule.rank_window:
-            places = [
-                (r, p) for p in range(rank - rule.window_before, rank + rule.window_after + 1) if 0 <= p < L
-            ]
+            low, high = rank - rule.window_before, rank + rule.window_after + 1
+            places = [(r, p) for p in range(max(0, low), min(L, high))]
         else:
             own = next(n for n, chunk in enumerate(chunks) if (r, rank) in chunk)
             near = range(own - rule.chunks_before, own + rule.chunks_after + 1)
@@ -94,8 +93,8 @@ def cross_instances(
         own = bucket_at(starts, rank)
         keys = [(bucket_at(key_starts, p), key_order[r][p]) for p in range(L_k)]
         cursor = sum(key <= (own, place) for key in keys)
-        for p in range(cursor - rule.window_before, cursor + rule.window_after):
-            if 0 <= p < L_k and (keys[p][0] == own or not rule.bucket_mask):
+        for p in range(max(0, cursor - rule.window_before), min(L_k, cursor + rule.window_after)):
+            if keys[p][0] == own or not rule.bucket_mask:
                 found.append(Instance(key_order[r][p], r, rank, r, p))
     return found
 
@@ -115,58 +114,88 @@ def attention(
     key_bucket_starts: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, H, L, Dv) and lse (B, H, L), float64, without gradients. `bias` (B, L_k) is finite."""
-    B, H, L, D = q.shape
+    """out (B, H, L, Dv) and lse (B, H, L), float64, differentiable in q, k and v.
+
+    The loops give each pair a weight; the rest is softmax over all keys, as anyone would write it. `bias`
+    (B, L_k) is finite.
+    """
+    B, H, L, _ = q.shape
     L_k = v.shape[2]
-    out = torch.zeros(B, H, L, v.shape[3], dtype=torch.float64)
-    lse = torch.zeros(q.shape[:3], dtype=torch.float64)
+    q, v, k = q.double(), v.double(), None if k is None else k.double()
+    if padding is not None:
+        unread = padding[:, None, :, None]
+        v = v.masked_fill(unread, 0)
+        k = None if k is None else k.masked_fill(unread, 0)
+        q = q.masked_fill(unread, 0) if key_order is None else q
+    keys = normalised(q, rule.key_norm) if k is None else k
+    outs, lses = [], []
     for b in range(B):
         pad = [False] * L_k if padding is None else padding[b].tolist()
-        added = [0.0] * L_k if bias is None else bias[b].tolist()
         for h in range(H):
-            padded = pad if key_order is None else [False] * L
-            rows = [[0.0] * D if padded[i] else q[b, h, i].tolist() for i in range(L)]
-            if k is None:
-                keys = [normalised(row, rule.key_norm) for row in rows]
-            else:
-                keys = [[0.0] * D if pad[i] else k[b, h, i].tolist() for i in range(L_k)]
             places = [order[b, h].tolist(), bucket_starts[b, h].tolist()]
             if key_order is not None and key_bucket_starts is not None:
                 places += [key_order[b, h].tolist(), key_bucket_starts[b, h].tolist()]
-            for i in range(L):
-                met = [
-                    x
-                    for x in (instances if key_order is None else cross_instances)(*places, rule, i)
-                    if not pad[x.key]
-                    and not (rule.causal and x.key > i)
-                    and not (rule.exclude_self and x.key == i)
-                ]
-                if not met:
-                    alone = rule.exclude_self and not pad[i]
-                    lse[b, h, i] = -1e5 if alone else -math.inf
-                    out[b, h, i] = v[b, h, i] if alone else 0
+            weights, kept = pair_weights(places, rule, pad, L, L_k, b * H + h, seed, dropout_p)
+            logits = scale * q[b, h] @ keys[b, h].T
+            if bias is not None:
+                logits = logits + bias[b].double()
+            seen = weights > 0
+            sees = seen.any(1)
+            largest = logits.detach().masked_fill(~seen, -math.inf).amax(1).masked_fill(~sees, 0)
+            exponentials = (logits - largest[:, None]).masked_fill(~seen, 0).exp()
+            sums = (weights * exponentials).sum(1)
+            out = (kept * exponentials) @ v[b, h] / sums.masked_fill(~sees, 1)[:, None]
+            lse = (sums.masked_fill(~sees, 1).log() + largest).masked_fill(~sees, -math.inf)
+            if rule.exclude_self:
+                alone = ~sees & ~torch.tensor(pad)
+                out, lse = torch.where(alone[:, None], v[b, h], out), lse.masked_fill(alone, -1e5)
+            outs.append(out)
+            lses.append(lse)
+    return torch.stack(outs).view(B, H, L, -1), torch.stack(lses).view(B, H, L)
+
+
+def pair_weights(
+    places: Sequence[Sequence[Sequence[int]]],
+    rule: AttentionRule,
+    pad: Sequence[bool],
+    L: int,
+    L_k: int,
+    head: int,
+    seed: int,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """(L, L_k): the weight of each pair in the softmax, and what dropout leaves of it in the values' sum."""
+    weights, kept = [[0.0] * L_k for _ in range(L)], [[0.0] * L_k for _ in range(L)]
+    for i in range(L):
+        met = [
+            x
+            for x in (instances if len(places) == 2 else cross_instances)(*places, rule, i)
+            if not pad[x.key] and not (rule.causal and x.key > i) and not (rule.exclude_self and x.key == i)
+        ]
+        if rule.correct_duplicates and not rule.ring:  # the first round that meets a key counts it
+            first = {x.key: x for x in reversed(met)}
+            met = [x for x in met if first[x.key] is x]
+        count = Counter(x.key for x in met)
+        for x in met:
+            weight = 1 / count[x.key] if rule.correct_duplicates else 1.0
+            weights[i][x.key] += weight
+            if dropout_p > 0:
+                slot = x.round * 4 * math.ceil(L_k / 4) + x.rank
+                words = philox_words(
+                    (seed & MASK, seed >> 32 & MASK), (head, x.asking, x.query_rank, slot // 4)
+                )
+                if words[slot % 4] < math.floor(dropout_p * 2**32):
                     continue
-                count = Counter(x.key for x in met)
-                weights = []
-                for x in met:
-                    s = scale * sum(a * c for a, c in zip(rows[i], keys[x.key], strict=True)) + added[x.key]
-                    weights.append(math.exp(s) / (count[x.key] if rule.correct_duplicates else 1))
-                total = sum(weights)
-                lse[b, h, i] = math.log(total)
-                for x, weight in zip(met, weights, strict=True):
-                    slot = x.round * 4 * math.ceil(L_k / 4) + x.rank
-                    words = philox_words(
-                        (seed & MASK, seed >> 32 & MASK), (b * H + h, x.asking, x.query_rank, slot // 4)
-                    )
-                    if words[slot % 4] >= math.floor(dropout_p * 2**32):
-                        out[b, h, i] += weight / total / (1 - dropout_p) * v[b, h, x.key].double()
-    return out, lse
+            kept[i][x.key] += weight / (1 - dropout_p)
+    return torch.tensor(weights, dtype=torch.float64), torch.tensor(kept, dtype=torch.float64)
 
 
-def normalised(row: list[float], key_norm: int) -> list[float]:
-    squares = sum(a * a for a in row)
+def normalised(q: Tensor, key_norm: int) -> Tensor:
+    """The keys of shared query-keys (..., D): see `LSHConfig.key_norm`."""
+    squares = (q * q).sum(-1, keepdim=True)
     if key_norm == 1:
-        return [a / math.sqrt(squares / len(row) + 1e-6) / math.sqrt(len(row)) for a in row]
+        return q / (squares / q.shape[-1] + 1e-6).sqrt() / math.sqrt(q.shape[-1])
     if key_norm == 2:
-        return [a / max(math.sqrt(squares), 1e-12) for a in row]
-    return row
+        positive = squares > 0
+        return q / squares.masked_fill(~positive, 1).sqrt().masked_fill(~positive, 0).clamp_min(1e-12)
+    return q

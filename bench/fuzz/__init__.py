@@ -1,0 +1,1 @@
+"""The fuzzer: `python -m bench.fuzz --help`."""

@@ -1,0 +1,1 @@
+"""One step of cached generation in one attention layer."""
