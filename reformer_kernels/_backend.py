@@ -70,15 +70,14 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
 def resolve_sort_backend(backend: str, device: torch.device) -> str:
     """`resolve_backend` for `bucket_sort`, whose native kernel also takes CUDA tensors: their default.
 
-    Without it (no CUDA in the build) "auto" sorts CUDA tensors with `torch.sort`, which is the reference.
+    Without it (no CUDA in the build, or ROCm) "auto" sorts them with the Triton kernel.
     """
     if device.type != "cuda" or backend not in ("auto", "native"):
         return resolve_backend(backend, device, torch.float32)
     if _native.CUDA_MISSING is None:
         return "native"
     if backend == "auto":
-        return "reference"
+        return resolve_backend("triton", device, torch.float32)
     raise RuntimeError(
-        f"backend='native' cannot sort CUDA tensors: {_native.CUDA_MISSING}; use 'auto' or 'reference', "
-        "which is torch.sort"
+        f"backend='native' cannot sort CUDA tensors: {_native.CUDA_MISSING}; use 'auto' or 'triton'"
     )

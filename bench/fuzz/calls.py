@@ -81,7 +81,8 @@ def other_calls(n: dict[str, int]) -> Iterator[tuple[str, tuple[Any, ...]]]:
             step = (stream, floats(B, L, C), 1, None, None, torch.float32, norm, None, None, 1e-5)
             yield f"{kind}_residual_step", step
     for buckets, starts in ((2, 3), (0, 1), (2, 0), (0, 0)):
-        yield "native_bucket_sort", (ints(B, H, R, L), buckets, starts)
+        for kind in ("native", "triton"):
+            yield f"{kind}_bucket_sort", (ints(B, H, R, L), buckets, starts)
     x, weight, target = floats(L, D), floats(C, D), longs(L)
     for chunk in (4, 0):
         loss = (x, weight, target, floats(C), None, -100, 0.0, 0.0, chunk)

@@ -130,7 +130,7 @@ _back_ends = st.sampled_from(["native", "native", "reference"])
 
 @dataclass(frozen=True, kw_only=True)
 class Sort:
-    """A call of `bucket_sort`, or of its operator."""
+    """A call of `bucket_sort`, or of one of its operators."""
 
     function: str = "bucket_sort"
     batch: tuple[int, ...] = ()
@@ -162,9 +162,8 @@ def check_sort(case: Sort) -> None:
         if case.function == "bucket_sort":
             order, starts = F.bucket_sort(ids, case.n_buckets, case.backend), None
         else:
-            order, starts = torch.ops.reformer_kernels.native_bucket_sort(
-                ids, case.n_buckets, case.starts_size
-            )
+            operator = getattr(torch.ops.reformer_kernels, case.function)
+            order, starts = operator(ids, case.n_buckets, case.starts_size)
     assert torch.equal(ids, kept), "the ids were changed"
     assert order.dtype == torch.int32 and order.shape == ids.shape
     for n, row in enumerate(kept.reshape(math.prod(case.batch), case.L).tolist()):

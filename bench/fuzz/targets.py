@@ -72,7 +72,10 @@ TARGETS = {
             Target(name, hashing.hashes(name), hashing.check_hash, (name,))
             for name in ("native_lsh_hash", "triton_lsh_hash")
         ),
-        Target("native_bucket_sort", hashing.sorts("operator"), hashing.check_sort, ("native_bucket_sort",)),
+        *(
+            Target(name, hashing.sorts(name), hashing.check_sort, (name,))
+            for name in ("native_bucket_sort", "triton_bucket_sort")
+        ),
         *(
             Target(name, hashing.residuals(name), hashing.check_residual, (name,))
             for name in ("native_residual_step", "triton_residual_step")

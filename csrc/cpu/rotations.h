@@ -43,14 +43,14 @@ REFORMER_INLINE void draw_rotations(uint64_t seed, int64_t head, int64_t first_d
     Counters c = {static_cast<uint32_t>(head) - vuint{}, (vuint)dim + dim_origin,
                   (vuint)round + static_cast<uint32_t>(first_round), (vuint)group};
     philox(seed, c);
-    float numbers[4 * kLanes];
-    store_blocks(normal_numbers(c.x0), normal_numbers(c.x1), normal_numbers(c.x2), normal_numbers(c.x3),
-                 numbers);
-    const int64_t count = min_of<int64_t>(kLanes, total - first);
-    if (width % 4 == 0) {
-      memcpy(out + 4 * first, numbers, sizeof(float) * static_cast<size_t>(4 * count));
+    const vfloat z0 = normal_numbers(c.x0), z1 = normal_numbers(c.x1);
+    const vfloat z2 = normal_numbers(c.x2), z3 = normal_numbers(c.x3);
+    if (width % 4 == 0 && first + kLanes <= total) {
+      store_blocks(z0, z1, z2, z3, out + 4 * first);
     } else {
-      for (int64_t i = 0; i < count; ++i) {
+      float numbers[4 * kLanes];
+      store_blocks(z0, z1, z2, z3, numbers);
+      for (int64_t i = 0; i < min_of<int64_t>(kLanes, total - first); ++i) {
         const int64_t row = (first + i) / groups, column = (first + i) % groups * 4;
         for (int64_t j = 0; j < min_of<int64_t>(4, width - column); ++j)
           out[row * width + column + j] = numbers[4 * i + j];

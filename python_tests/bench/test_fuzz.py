@@ -55,7 +55,7 @@ def test_no_fault_is_found_in_malformed_calls_of_operators() -> None:
 def test_no_fault_is_found_in_the_interpreter() -> None:
     """Fewer cases, as one takes half a second there; python_tests/gpu has more."""
     pytest.importorskip("triton")
-    names = "triton_attention,triton_lsh_hash,triton_sample_rotations,triton_residual_step"
+    names = "triton_attention,triton_lsh_hash,triton_bucket_sort,triton_sample_rotations,triton_residual_step"
     done = run("--functions", names, "--cases", "15", "--seed", "5")
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -29,7 +29,7 @@ BACKENDS = (
 def _check_runs(backend: str, device: str, covers: str) -> None:
     """Raises an error that says why where a back end cannot run."""
     if covers == SORT and _native.CUDA_MISSING is not None:
-        raise RuntimeError(f"{_native.CUDA_MISSING}; bucket_sort on CUDA tensors takes torch.sort")
+        raise RuntimeError(f"{_native.CUDA_MISSING}; bucket_sort on CUDA tensors runs in Triton")
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("torch finds no CUDA device")
     if covers == SORT:

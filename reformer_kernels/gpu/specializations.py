@@ -28,6 +28,7 @@ MODULES = {
     "attention": "reformer_kernels.ops.attention.triton.specializations",
     "hash": "reformer_kernels.ops.hash.triton",
     "residual": "reformer_kernels.ops.residual.triton",
+    "sort": "reformer_kernels.ops.sort.triton",
 }
 """The operations that have Triton kernels, and the module that lists those of each.
 

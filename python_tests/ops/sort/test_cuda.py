@@ -307,14 +307,14 @@ def test_workspace_grows_with_the_problem() -> None:
 def test_which_sort_a_cuda_tensor_gets(missing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "CUDA_MISSING", missing)
     gpu, cpu = torch.device("cuda:1"), torch.device("cpu")
-    assert resolve_sort_backend("auto", gpu) == ("native" if missing is None else "reference")
+    assert resolve_sort_backend("auto", gpu) == ("native" if missing is None else "triton")
     assert resolve_sort_backend("reference", gpu) == "reference"
     assert resolve_sort_backend("auto", cpu) == resolve_sort_backend("native", cpu) == "native"
     if missing is None:
         assert resolve_sort_backend("native", gpu) == "native"
     else:
         with pytest.raises(
-            RuntimeError, match=r"cannot sort CUDA tensors: it was built without; use .* torch.sort"
+            RuntimeError, match=r"cannot sort CUDA tensors: it was built without; use 'auto' or 'triton'"
         ):
             resolve_sort_backend("native", gpu)
     with pytest.raises(RuntimeError, match="bucket_sort is the one function with a native kernel"):

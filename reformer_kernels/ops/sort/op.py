@@ -1,11 +1,14 @@
-"""The operator of the stable bucket sort: schema, checks, fake kernel, and the choice of back end.
+"""The operators of the stable bucket sort: schema, checks, fake kernels, and the choice of back end.
 
 `torch.ops.reformer_kernels.native_bucket_sort` takes CPU tensors, and CUDA tensors where the extension was
-built with CUDA. There it neither waits for the device nor depends on what the ids are, so that a CUDA graph
-can capture it.
+built with CUDA; `triton_bucket_sort` takes CUDA tensors wherever Triton runs. On a GPU neither waits for the
+device nor depends on what the ids are, so that a CUDA graph can capture them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -17,7 +20,9 @@ def bucket_sort(buckets: Tensor, n_buckets: int, starts_size: int, backend: str)
     """Positions in order of (bucket, position), and where each bucket starts: see `reference.bucket_sort`."""
     if backend == "reference":
         return reference.bucket_sort(buckets, n_buckets, starts_size)
-    return torch.ops.reformer_kernels.native_bucket_sort(buckets, n_buckets, starts_size)
+    operators = torch.ops.reformer_kernels
+    operator = operators.native_bucket_sort if backend == "native" else operators.triton_bucket_sort
+    return operator(buckets, n_buckets, starts_size)
 
 
 def _check(buckets: Tensor, n_buckets: int, starts_size: int) -> None:
@@ -31,25 +36,44 @@ def _check(buckets: Tensor, n_buckets: int, starts_size: int) -> None:
         raise ValueError(f"starts_size must be at least n_buckets + 1 = {n_buckets + 1}, got {starts_size}")
 
 
-def _run(buckets: Tensor, n_buckets: int, starts_size: int) -> tuple[Tensor, Tensor]:
-    _check(buckets, n_buckets, starts_size)
-    if max(buckets.size(-1), n_buckets) >= 2**31 - 1:
-        raise ValueError(f"L and n_buckets must be below 2**31 - 1, got {buckets.size(-1)} and {n_buckets}")
-    return native.bucket_sort(buckets.contiguous(), n_buckets, starts_size)
-
-
 def _fake(buckets: Tensor, n_buckets: int, starts_size: int) -> tuple[Tensor, Tensor]:
     _check(buckets, n_buckets, starts_size)
     order = buckets.new_empty(buckets.shape)
     return order, buckets.new_empty((*buckets.shape[:-1], starts_size))
 
 
-_OPERATOR = "reformer_kernels::native_bucket_sort"
-torch.library.define(
-    _OPERATOR,
-    "(Tensor buckets, SymInt n_buckets, SymInt starts_size) -> (Tensor order, Tensor starts)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-torch.library.register_fake(_OPERATOR, _fake)
-for _device in ("CPU", "CUDA"):
-    torch.library.impl(_OPERATOR, _device, _run)
+def _triton() -> ModuleType:
+    """The Triton kernels, imported when they first run, because importing Triton takes a while."""
+    from reformer_kernels.ops.sort import triton
+
+    return triton
+
+
+def _define(name: str, kernel: Callable[[], ModuleType]) -> None:
+    """Defines the operator `name`, which runs `kernel().bucket_sort`.
+
+    It is defined for the CPU too, where Triton's interpreter runs the Triton kernels, for tests.
+    """
+    qualified = f"reformer_kernels::{name}"
+    torch.library.define(
+        qualified,
+        "(Tensor buckets, SymInt n_buckets, SymInt starts_size) -> (Tensor order, Tensor starts)",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+
+    def run(buckets: Tensor, n_buckets: int, starts_size: int) -> tuple[Tensor, Tensor]:
+        _check(buckets, n_buckets, starts_size)
+        if max(buckets.size(-1), n_buckets) >= 2**31 - 1:
+            raise ValueError(
+                f"L and n_buckets must be below 2**31 - 1, got {buckets.size(-1)} and {n_buckets}"
+            )
+        order, starts = kernel().bucket_sort(buckets.contiguous(), n_buckets, starts_size)
+        return order, starts
+
+    torch.library.register_fake(qualified, _fake)
+    for device in ("CPU", "CUDA"):
+        torch.library.impl(qualified, device, run)
+
+
+_define("native_bucket_sort", lambda: native)
+_define("triton_bucket_sort", _triton)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reformer_kernels._precision import tf32_allowed
 from reformer_kernels.gpu.architectures import INTERPRETER, architecture_of, cache_and_multiprocessors
 from reformer_kernels.gpu.tiles import Tile, padded_head_dim
 from reformer_kernels.rule import AttentionRule
@@ -166,7 +167,7 @@ def head_dims(D: int, DV: int) -> dict[str, int]:
 
 def precision(dtype: torch.dtype) -> str:
     """The precision of products of float32 numbers: "tf32" where torch allows it for its own, else "ieee"."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None
+    tf32 = dtype == torch.float32 and tf32_allowed() and torch.version.hip is None
     return "tf32" if tf32 else "ieee"
 
 
