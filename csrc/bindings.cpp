@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/cpu_features.h"
 #include "cpu/variants.h"
 #include "cuda/device.h"
 #include "kernels.h"
@@ -304,6 +305,21 @@ PYBIND11_MODULE(_C, m) {
   m.def("prefer_huge_pages",
         [](uintptr_t address, size_t bytes) { prefer_huge_pages(reinterpret_cast<void*>(address), bytes); });
   m.def("active_isa", &active_isa);
+  m.def("active_isa_reason", &active_isa_reason);
+  m.def(
+      "best_isa",
+      [](const std::string& vendor, bool avx2, bool avx512, bool avx512bf16) {
+        Cpu cpu;
+        vendor.copy(cpu.vendor, sizeof(cpu.vendor) - 1);
+        cpu.avx2 = avx2;
+        cpu.avx512 = avx512;
+        cpu.avx512bf16 = avx512bf16;
+        const char* reason = nullptr;
+        const char* name = best_isa(cpu, &reason);
+        return std::make_pair(name, reason);
+      },
+      py::arg("vendor"), py::kw_only(), py::arg("avx2") = false, py::arg("avx512") = false,
+      py::arg("avx512bf16") = false);
   m.def("select_isa", [](const std::string& name) { return select_isa(name.c_str()); });
   m.def("compiled_isas", &compiled_isas);
   m.def("cuda_info", &cuda_info);

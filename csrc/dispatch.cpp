@@ -5,10 +5,7 @@
 #include <cstring>
 #include <new>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
+#include "cpu/cpu_features.h"
 #include "cpu/variants.h"
 
 // Written by CMake: REFORMER_ISAS(VARIANT) lists the compiled variants, the best last, as
@@ -28,66 +25,92 @@ namespace {
 
 struct Variant {
   const char* name;
-  bool automatic;  // may be chosen when the user names none
-  bool (*supported)();
+  bool automatic;                       // may be chosen when the user names none
+  const char* (*obstacle)(const Cpu&);  // why a CPU cannot run it; null if it can
   KernelTable kernels;
 };
 
-// Whether the machine can run a variant. __builtin_cpu_supports also asks whether the operating system saves
-// the wider registers.
-bool supports_portable() { return true; }
-#if defined(__x86_64__)
-// Not every Clang's __builtin_cpu_supports knows the names of F16C and AVX512-BF16.
-[[maybe_unused]] bool has_f16c() {
-  unsigned a, b, c, d;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+const char* obstacle_portable(const Cpu&) { return nullptr; }
+[[maybe_unused]] const char* obstacle_avx2(const Cpu& cpu) {
+  return cpu.avx2 ? nullptr : "the CPU lacks AVX2, FMA or F16C";
 }
-[[maybe_unused]] bool has_avx512bf16() {
-  constexpr unsigned kBit = 1u << 5;  // in EAX of leaf 7, sub-leaf 1
-  unsigned a, b, c, d;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kBit);
+[[maybe_unused]] const char* obstacle_avx512(const Cpu& cpu) {
+  return cpu.avx2 && cpu.avx512 ? nullptr : "the CPU lacks AVX-512 (F, BW, DQ and VL)";
 }
-[[maybe_unused]] bool supports_avx2() {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+[[maybe_unused]] const char* obstacle_avx512bf16(const Cpu& cpu) {
+  if (const char* obstacle = obstacle_avx512(cpu)) return obstacle;
+  return cpu.avx512bf16 ? nullptr : "the CPU lacks AVX512-BF16";
 }
-[[maybe_unused]] bool supports_avx512() {
-  __builtin_cpu_init();
-  return supports_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-[[maybe_unused]] bool supports_avx512bf16() { return supports_avx512() && has_avx512bf16(); }
 // For tests only: the 16-lane code, compiled for AVX2.
-[[maybe_unused]] bool supports_wide() { return supports_avx2(); }
-[[maybe_unused]] bool supports_wide_pairs() { return supports_avx2(); }
-#endif
+[[maybe_unused]] const char* obstacle_wide(const Cpu& cpu) { return obstacle_avx2(cpu); }
+[[maybe_unused]] const char* obstacle_wide_pairs(const Cpu& cpu) { return obstacle_avx2(cpu); }
 
 bool is_automatic(const char* name) { return std::strncmp(name, "wide", 4) != 0; }
 
+// Why a variant that the CPU can run is not the one to choose; null if it is. The bfloat16 products of
+// avx512bf16 are VDPBF16PS, which does 32 multiply-adds. On Sapphire Rapids it takes as long as four float32
+// multiply-adds of 16 numbers, so bfloat16 widened to float32 is faster, by 1.2 to 1.35 times as measured.
+// Emerald Rapids has the same cores, and no other CPU of Intel's is known to be better. On Zen 4 and Zen 5
+// the pairs win.
+const char* drawback(const Variant& variant, const Cpu& cpu) {
+  if (std::strcmp(variant.name, "avx512bf16") != 0 || std::strcmp(cpu.vendor, "AuthenticAMD") == 0)
+    return nullptr;
+  if (std::strcmp(cpu.vendor, "GenuineIntel") == 0)
+    return "on Intel's CPUs AVX512-BF16 is slower than bfloat16 widened to float32";
+  return "AVX512-BF16 is known to be faster than bfloat16 widened to float32 on AMD's CPUs only";
+}
+
 #define REFORMER_ENTRY(result, name, parameters, arguments) &variant::name,
 #define REFORMER_VARIANT(isa)                              \
-  {#isa, is_automatic(#isa), &supports_##isa, [] {         \
+  {#isa, is_automatic(#isa), &obstacle_##isa, [] {         \
      namespace variant = reformer::isa;                    \
      return KernelTable{REFORMER_KERNELS(REFORMER_ENTRY)}; \
    }()},
 const Variant kVariants[] = {REFORMER_ISAS(REFORMER_VARIANT)};
 
-// The variant called `name`, or the best automatic one for ""; null if the machine has no such variant.
-const Variant* find(const char* name) {
-  const Variant* best = nullptr;
+struct Selection {
+  const Variant* variant;
+  const char* reason;
+};
+
+// The variant that is best for a CPU, and why no better one is.
+Selection best_for(const Cpu& cpu) {
+  Selection best{nullptr, nullptr};
   for (const Variant& variant : kVariants) {
-    const bool wanted = *name ? std::strcmp(variant.name, name) == 0 : variant.automatic;
-    if (wanted && variant.supported()) best = &variant;
+    if (!variant.automatic) continue;
+    const char* against = variant.obstacle(cpu);
+    if (!against) against = drawback(variant, cpu);
+    if (!against)
+      best = Selection{&variant, nullptr};
+    else if (!best.reason)
+      best.reason = against;
   }
+  if (!best.reason) best.reason = "the fastest of this build on this CPU";
   return best;
 }
 
-std::atomic<const Variant*>& active() {
-  static std::atomic<const Variant*> variant{find("")};
-  return variant;
+// Likewise the variant called `name`, or the best one for ""; no variant if the machine cannot run it.
+Selection find(const char* name) {
+  const Cpu cpu = this_cpu();
+  if (!*name) return best_for(cpu);
+  for (const Variant& variant : kVariants)
+    if (std::strcmp(variant.name, name) == 0 && !variant.obstacle(cpu))
+      return Selection{&variant, "asked for by name"};
+  return Selection{nullptr, nullptr};
 }
 
-const KernelTable& kernels() { return active().load(std::memory_order_relaxed)->kernels; }
+struct Active {
+  std::atomic<const Variant*> variant;
+  std::atomic<const char*> reason;
+  explicit Active(const Selection& selection) : variant(selection.variant), reason(selection.reason) {}
+};
+
+Active& active() {
+  static Active selected(find(""));
+  return selected;
+}
+
+const KernelTable& kernels() { return active().variant.load(std::memory_order_relaxed)->kernels; }
 
 }  // namespace
 
@@ -95,12 +118,22 @@ const KernelTable& kernels() { return active().load(std::memory_order_relaxed)->
   result name parameters { return kernels().name arguments; }
 REFORMER_KERNELS(REFORMER_FORWARD)
 
-const char* active_isa() { return active().load(std::memory_order_relaxed)->name; }
+const char* active_isa() { return active().variant.load(std::memory_order_relaxed)->name; }
+
+const char* active_isa_reason() { return active().reason.load(std::memory_order_relaxed); }
 
 bool select_isa(const char* name) {
-  const Variant* variant = find(name);
-  if (variant) active().store(variant, std::memory_order_relaxed);
-  return variant != nullptr;
+  const Selection selection = find(name);
+  if (!selection.variant) return false;
+  active().variant.store(selection.variant, std::memory_order_relaxed);
+  active().reason.store(selection.reason, std::memory_order_relaxed);
+  return true;
+}
+
+const char* best_isa(const Cpu& cpu, const char** reason) {
+  const Selection selection = best_for(cpu);
+  *reason = selection.reason;
+  return selection.variant->name;
 }
 
 const char* compiled_isas() {

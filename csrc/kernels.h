@@ -203,6 +203,8 @@ void prefer_huge_pages(void* memory, size_t bytes);
 
 // The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable".
 const char* active_isa();
+// Why that one: what a better one lacks here, or that it was asked for by name.
+const char* active_isa_reason();
 // Chooses an instruction set, or the best one for "". Returns false if the machine or the build lacks it.
 bool select_isa(const char* name);
 

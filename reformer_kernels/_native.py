@@ -165,7 +165,8 @@ def prefer_huge_pages(*tensors: torch.Tensor) -> None:
 def info() -> dict[str, Any]:
     """What the native back end is on this machine.
 
-    Keys: `available` (bool), `reason` (why not, else ""), `isa` (in use), `compiled_isas`, `threads`, and
+    Keys: `available` (bool), `reason` (why not, else ""), `isa` (in use), `isa_reason` (why that
+    one), `compiled_isas`, `threads`, and
     `cuda`: a dict with `built` (bool) and `reason`, and where built `runtime_version` and `architectures`.
     """
     reason = unavailable_reason()
@@ -175,6 +176,7 @@ def info() -> dict[str, Any]:
             "available": False,
             "reason": reason,
             "isa": "",
+            "isa_reason": "",
             "compiled_isas": [],
             "threads": threads(),
             "cuda": cuda,
@@ -184,6 +186,7 @@ def info() -> dict[str, Any]:
         "available": True,
         "reason": "",
         "isa": native.active_isa(),
+        "isa_reason": native.active_isa_reason(),
         "compiled_isas": native.compiled_isas().split(),
         "threads": threads(),
         "cuda": native.cuda_info(),

@@ -16,6 +16,7 @@ from python_tests.native_tools import isa, runnable_isas, torch_threads
 from reformer_kernels import _native
 
 FLOAT = (torch.float32,)
+COMPILED = _native.info()["compiled_isas"]
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -85,6 +86,36 @@ def test_select_isa() -> None:
             assert native.active_isa() == name
     assert native.select_isa("")
     assert native.active_isa() == best
+
+
+AVX512: dict[str, bool] = {"avx2": True, "avx512": True}
+
+
+@pytest.mark.skipif("avx512bf16" not in COMPILED, reason="the compiler had no AVX512-BF16 for this build")
+@pytest.mark.parametrize(
+    ("vendor", "features", "name", "reason"),
+    [
+        ("GenuineIntel", {}, "portable", "lacks AVX2"),
+        ("GenuineIntel", {"avx2": True}, "avx2", "lacks AVX-512"),
+        ("AuthenticAMD", {"avx512": True}, "portable", "lacks AVX2"),
+        ("GenuineIntel", AVX512, "avx512", "lacks AVX512-BF16"),
+        ("GenuineIntel", {**AVX512, "avx512bf16": True}, "avx512", "on Intel's CPUs AVX512-BF16 is slower"),
+        ("AuthenticAMD", {**AVX512, "avx512bf16": True}, "avx512bf16", "the fastest"),
+        ("CentaurHauls", {**AVX512, "avx512bf16": True}, "avx512", "on AMD's CPUs only"),
+    ],
+)
+def test_best_isa_of_a_cpu(vendor: str, features: dict[str, bool], name: str, reason: str) -> None:
+    best, why = _native.extension().best_isa(vendor, **features)
+    assert best == name
+    assert reason in why
+
+
+def test_reason_of_the_active_isa() -> None:
+    native = _native.extension()
+    with isa("portable"):
+        assert _native.info()["isa_reason"] == "asked for by name"
+        assert native.select_isa("")
+        assert _native.info()["isa_reason"] not in ("", "asked for by name")
 
 
 def test_isa_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,9 @@ def info(
         return
     console = new_console()
     native = facts["native"]
-    simd = native["isa"] if native["available"] else "none in use, as the native extension is not available"
+    simd = "none in use, as the native extension is not available"
+    if native["available"]:
+        simd = f"{native['isa']}: {native['isa_reason']}"
     if native["compiled_isas"]:
         simd += f" (built: {', '.join(native['compiled_isas'])})"
     table = Table(show_header=False, box=None)
