@@ -25,8 +25,8 @@ from reformer_kernels.ops.attention.triton.visibility import (
 )
 
 LOWEST = tl.constexpr(-3.0e38)
-"""The least logit of a key that is seen, before its bias. A key that is not seen has -inf, so that a row whose
-logits all overflowed does not pass for a row that sees nothing."""
+"""The least logit of a key that is seen, before its bias. A key that is not seen has -inf, so that a row
+whose logits all overflowed does not pass for a row that sees nothing."""
 
 HARDLY_LOWEST = tl.constexpr(-2.9e38)
 """Below it lies LOWEST with any finite bias."""
@@ -101,6 +101,7 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
     SEPARATE: tl.constexpr,
     RANK_WINDOW: tl.constexpr,
     RING: tl.constexpr,
+    SHORT_ROUNDS: tl.constexpr,
     BUCKETS: tl.constexpr,
     UNIFORM: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -148,9 +149,10 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros([M], tl.float32)
     sums = tl.zeros([M, PADDED_V], tl.float32)
     for base in range(lowest & -4, highest, N):
-        first_key, _, _, key_position, key_valid, key_bucket_id = load_block(
-            key_order, starts, rank_buckets, base, highest, round_, LK, slots, R, S, wraps, RING, BUCKETS, N
-        )
+        first_key, _, _, key_position, key_valid, key_place, key_bucket_id = load_block(
+            key_order, starts, rank_buckets, base, lowest, highest, round_, LK, slots, R, S, wraps,
+            RING, SHORT_ROUNDS, BUCKETS, False, N,
+        )  # fmt: skip
         if HAS_BIAS:
             bias = tl.load(key_bias + key_position, key_valid, other=float("-inf")) * LOG2E
             key_valid = key_valid & (bias > float("-inf"))
@@ -171,8 +173,8 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
         if HAS_BIAS:
             logits += bias[None, :]
         visible = visible_pairs(
-            base, lowest, highest, low, high, rank, position, bucket_id,
-            key_position, key_bucket_id, key_valid,
+            base, low, high, rank, position, bucket_id,
+            key_place, key_bucket_id, key_valid,
             UNIFORM, CAUSAL, EXCLUDE_SELF, BUCKETS, False, M, N,
         )  # fmt: skip
         logits = tl.where(visible, logits, float("-inf"))
@@ -203,7 +205,7 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
     # A row whose logits all overflowed has no result.
     total = tl.where((largest < HARDLY_LOWEST) & (largest > float("-inf")), float("nan"), total)
     lse2 = largest + tl.log2(total)
-    sums = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+    own_share = 1.0 / tl.where(total == 0.0, 1.0, total)
     d = tl.arange(0, PADDED_V)
     stored = valid[:, None] & (d < DV)[None, :]
     row = position.to(tl.int64)[:, None]
@@ -215,9 +217,12 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
         top = tl.where(top == float("-inf"), 0.0, top)
         keep, add = tl.exp2(old - top), tl.exp2(lse2 - top)
         total = keep + add
+        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
         old_sums = tl.load(running_at, stored, other=0.0)
-        sums = (old_sums * keep[:, None] + sums * add[:, None]) / tl.where(total == 0.0, 1.0, total)[:, None]
+        sums = sums * (own_share * add * inverse)[:, None] + old_sums * (keep * inverse)[:, None]
         lse2 = top + tl.log2(total)
+    else:
+        sums = sums * own_share[:, None]
     if LAST:
         result = lse2 * LN2
         result = tl.where(result == SELF_ONLY, NEXT_TO_SELF_ONLY, result)
