@@ -1,4 +1,4 @@
-"""The results of the Triton kernels in Triton's interpreter: runs triton_cases.py."""
+"""The results of the Triton kernels in Triton's interpreter: runs triton_cases.py and broken_kernels.py."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("group", ["hash", "attention", "whole"])
-def test_interpreted(group: str) -> None:
+@pytest.mark.parametrize(
+    "program", ["triton_cases hash", "triton_cases attention", "triton_cases whole", "broken_kernels"]
+)
+def test_interpreted(program: str) -> None:
     # In a process of its own, as the interpreter is chosen when triton is imported.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "python_tests.gpu.triton_cases", group],
+        [sys.executable, "-m", *f"python_tests.gpu.{program}".split()],
         cwd=ROOT,
         env=environment,
         capture_output=True,

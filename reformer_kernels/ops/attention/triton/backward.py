@@ -155,7 +155,7 @@ def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
         head, order, key_order, starts, rank_buckets, codes, key_codes, L, LK, R, S
     )
     inverse_norms += head * LK
-    key_bias += (head // H) * LK
+    key_bias += (head.to(tl.int32) // H).to(tl.int64) * LK
     lse += head * L
     delta += head * L
     q_start = head_start(q, head, H, q_batch, q_head, ALIGN)
@@ -207,7 +207,7 @@ def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
         logits = tl.where(visible, logits, float("-inf"))
         if DUPLICATES == FIRST_MEETING:
             logits = only_first_meetings(
-                logits, codes, key_codes, position, valid, key_position, key_valid, before, after, round_,
+                logits, codes, key_codes, position, key_position, before, after, round_,
                 R, False,
             )  # fmt: skip
         count = 1.0
@@ -320,7 +320,7 @@ def attention_backward_keys_kernel(  # type: ignore[no-untyped-def]
         head, order, key_order, starts, rank_buckets, codes, key_codes, L, LK, R, S
     )
     inverse_norms += head * LK
-    key_bias += (head // H) * LK
+    key_bias += (head.to(tl.int32) // H).to(tl.int64) * LK
     lse += head * L
     delta += head * L
     q_start = head_start(q, head, H, q_batch, q_head, ALIGN)
@@ -375,7 +375,7 @@ def attention_backward_keys_kernel(  # type: ignore[no-untyped-def]
         logits = tl.where(visible, logits, float("-inf"))
         if DUPLICATES == FIRST_MEETING:
             logits = only_first_meetings(
-                logits, key_codes, codes, position, valid, query_position, query_valid, before, after, round_,
+                logits, key_codes, codes, position, query_position, before, after, round_,
                 R, True,
             )  # fmt: skip
         count = 1.0

@@ -13,6 +13,7 @@ from reformer_kernels.ops.attention.triton.gather import aligned, head_start, lo
 from reformer_kernels.ops.attention.triton.visibility import (
     ALL_MEETINGS,
     FIRST_MEETING,
+    checked_positions,
     layout_of_head,
     load_block,
     load_tile,
@@ -130,7 +131,7 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
         head, order, key_order, starts, rank_buckets, codes, key_codes, L, LK, R, S
     )
     inverse_norms += head * LK
-    key_bias += (head // H) * LK
+    key_bias += (head.to(tl.int32) // H).to(tl.int64) * LK
     lse += head * L
     q_start = head_start(q, head, H, q_batch, q_head, ALIGN)
     k_start = head_start(k, head, H, k_batch, k_head, ALIGN)
@@ -169,19 +170,19 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
             logits = logits * factor[None, :]
         else:
             logits = logits * (scale * LOG2E)
-        logits = tl.maximum(logits, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-        if HAS_BIAS:
-            logits += bias[None, :]
         visible = visible_pairs(
             base, low, high, rank, position, bucket_id,
             key_place, key_bucket_id, key_valid,
             UNIFORM, CAUSAL, EXCLUDE_SELF, BUCKETS, False, M, N,
         )  # fmt: skip
+        logits = tl.maximum(logits, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+        if HAS_BIAS:
+            logits += bias[None, :]
         logits = tl.where(visible, logits, float("-inf"))
         if DUPLICATES == FIRST_MEETING:
             logits = only_first_meetings(
-                logits, codes, key_codes, position, valid, key_position, key_valid, before, after, round_,
-                R, False,
+                logits, codes, key_codes, position, key_position, before, after, round_, R, False
+
             )  # fmt: skip
 
         new_largest = tl.maximum(largest, tl.max(logits, 1))
@@ -202,6 +203,11 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
         sums = sums * rescale[:, None] + dot(p.to(values.dtype), values, PRECISION)
         largest = new_largest
 
+    # Positions are read again, so that they take no registers in the loop. A hint that differs keeps the
+    # compiler from seeing the first load in this one.
+    at = order + (round_.to(tl.int64) * L + rank)
+    position = tl.load(at, rank < L, other=-1, eviction_policy="evict_first")
+    position, valid = checked_positions(position, position >= 0, L)
     # A row whose logits all overflowed has no result.
     total = tl.where((largest < HARDLY_LOWEST) & (largest > float("-inf")), float("nan"), total)
     lse2 = largest + tl.log2(total)

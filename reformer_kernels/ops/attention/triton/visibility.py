@@ -256,22 +256,20 @@ def visible_pairs(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def only_first_meetings(  # type: ignore[no-untyped-def]
-    logits, row_codes, column_codes, row_position, row_valid, column_position, column_valid,
+    logits, row_codes, column_codes, row_position, column_position,
     before, after, round_, R: tl.constexpr, ROWS_ARE_KEYS: tl.constexpr,
 ):  # fmt: skip
     """`logits` [M, N], with -inf where a pair met in a round before `round_`.
 
     The codes (positions, R) are those of `tables`: in round r, query i meets key j exactly where
-    -after <= code_i - code_j <= before.
+    -after <= code_i - code_j <= before. There are less than 2^30 of them in a head.
     """
     span = (before + after).to(tl.uint32)
     shift = before if ROWS_ARE_KEYS else after  # so that rows less columns are at least 0
-    row_codes += row_position.to(tl.int64) * R
-    column_codes += column_position.to(tl.int64) * R
     for earlier in tl.static_range(R - 1):
         if earlier < round_:
-            rows = tl.load(row_codes + earlier, row_valid, other=0) + shift
-            columns = tl.load(column_codes + earlier, column_valid, other=0)
+            rows = tl.load(row_codes + (row_position * R + earlier)) + shift
+            columns = tl.load(column_codes + (column_position * R + earlier))
             distance = (rows[:, None] - columns[None, :]).to(tl.uint32, bitcast=True)
             logits = tl.where(distance <= span, float("-inf"), logits)
     return logits
