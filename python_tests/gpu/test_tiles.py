@@ -29,7 +29,7 @@ def forget_files() -> Iterator[None]:
 
 def test_shipped_table_is_valid_and_default_rule_covers_every_key() -> None:
     for row in tiles.read_tiles(tiles.SHIPPED):
-        tile = tiles.tile(row.kernel, architecture=row.architecture, bits=row.bits, head_dim=row.head_dim)
+        tile = tiles.tile(**{name: getattr(row, name) for name in tiles.KEY_FIELDS})
         assert tile == row.tile
         assert row.tile.dims <= row.head_dim
     for architecture in (*architectures.ARCHITECTURES, architectures.INTERPRETER):
@@ -37,6 +37,23 @@ def test_shipped_table_is_valid_and_default_rule_covers_every_key() -> None:
             for head_dim in (1, 16, 17, 64, 65, 256):
                 tile = tiles.tile("no such kernel", architecture=architecture, bits=bits, head_dim=head_dim)
                 assert tile.dims <= tiles.padded_head_dim(head_dim)
+
+
+def test_rows_without_options_serve_all_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(options: str) -> Tile:
+        return tiles.tile("probe", architecture="sm_90", bits=16, head_dim=64, options=options)
+
+    file = tmp_path / "tiles.json"
+    every = replace(ROW, kernel="probe")
+    plain = replace(every, tile=Tile(64, 64, 64, 4, 2), options="off")
+    monkeypatch.setenv(tiles.OVERRIDE_VARIABLE, str(file))
+    for rows, tile_of_plain in (([every], every.tile), ([every, plain], plain.tile)):
+        tiles.write_tiles(file, rows)
+        tiles.table.cache_clear()
+        assert tiles.read_tiles(file) == rows
+        assert (ask("all"), ask("off")) == (every.tile, tile_of_plain)
+    with pytest.raises(ValueError, match="options must be one of off, all, got 'some'"):
+        ask("some")
 
 
 def test_override_file_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +187,7 @@ def test_search_walks_to_the_best_neighbour_and_records_spills(monkeypatch: pyte
     row = tile_search.search("some_kernel", "sm_90", 16, 64, evaluations=40, say=lines.append)
     assert (row.tile.rows, row.tile.warps, row.tile.stages, row.spill_bytes) == (128, 4, 1, 0)
     assert row.tile.keys == tiles.default_tile(architecture="sm_90", bits=16, head_dim=64).keys
-    assert row.key == ("some_kernel", "sm_90", 16, 64)
+    assert row.key == ("some_kernel", "sm_90", 16, 64, "all")
     assert any("out of resources" in line for line in lines)
     # A tile that spills with another dtype gives way to the next best.
     spills = {row.tile: 8}

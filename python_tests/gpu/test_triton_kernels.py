@@ -1,4 +1,4 @@
-"""The results of the Triton kernels in Triton's interpreter: runs triton_cases.py and grid_orders.py."""
+"""The Triton kernels in Triton's interpreter: runs triton_cases.py, grid_orders.py and broken_kernels.py."""
 
 from __future__ import annotations
 
@@ -16,20 +16,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
     "program",
-    [
-        ("triton_cases", "hash"),
-        ("triton_cases", "attention"),
-        ("triton_cases", "whole"),
-        ("grid_orders",),
-    ],
-    ids=lambda program: program[-1],
+    ["triton_cases hash", "triton_cases attention", "triton_cases whole", "grid_orders", "broken_kernels"],
 )
-def test_interpreted(program: tuple[str, ...]) -> None:
-    module, *group = program
+def test_interpreted(program: str) -> None:
     # In a process of its own, as the interpreter is chosen when triton is imported.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", f"python_tests.gpu.{module}", *group],
+        [sys.executable, "-m", *f"python_tests.gpu.{program}".split()],
         cwd=ROOT,
         env=environment,
         capture_output=True,

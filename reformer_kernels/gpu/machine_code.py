@@ -312,7 +312,13 @@ def faults(code: MachineCode, specialization: Specialization) -> list[str]:
     reasons = []
     allowed = 0
     if specialization.tile is not None and may_spill(bits, code.head_dim):
-        row = tiles.table_row(code.kernel, architecture=code.architecture, bits=bits, head_dim=code.head_dim)
+        row = tiles.table_row(
+            code.kernel,
+            architecture=code.architecture,
+            bits=bits,
+            head_dim=code.head_dim,
+            options=code.options,
+        )
         allowed = row.spill_bytes or 0 if row and row.tile == specialization.tile else 0
     if code.spill_bytes > allowed:
         reasons.append(f"spills {code.spill_bytes} bytes a thread, {allowed} allowed")

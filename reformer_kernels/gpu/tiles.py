@@ -1,4 +1,4 @@
-"""The one table of tile sizes: (kernel, architecture, bits of an element, head dimension) -> `Tile`.
+"""The one table of tile sizes: (kernel, architecture, bits of an element, head dimension, options) -> `Tile`.
 
 `tiles.json` beside this file holds the tiles that `python -m reformer_kernels.gpu.tile_search` chose from the
 compiler's reports. Kernels without a row take `default_tile`. The environment variable `REFORMER_TILES` names
@@ -33,7 +33,11 @@ SCHEMA = 1
 MAX_WARPS = 16
 MAX_STAGES = 8
 MAX_TILE = 1024
-KEY_FIELDS = ("kernel", "architecture", "bits", "head_dim")
+KEY_FIELDS = ("kernel", "architecture", "bits", "head_dim", "options")
+OPTIONS = ("off", "all")
+"""Rows for "off" serve calls with no padding and no dropout, whose kernels need fewer registers. Rows for
+"all" serve every call that has no row of its own."""
+
 TILE_FIELDS = ("rows", "keys", "dims", "warps", "stages")
 
 
@@ -84,11 +88,12 @@ class TileRow:
     head_dim: int
     tile: Tile
     spill_bytes: int | None = None
+    options: str = "all"
 
     @property
-    def key(self) -> tuple[str, str, int, int]:
+    def key(self) -> tuple[str, str, int, int, str]:
         """What the table finds the row by."""
-        return (self.kernel, self.architecture, self.bits, self.head_dim)
+        return (self.kernel, self.architecture, self.bits, self.head_dim, self.options)
 
 
 _NONE: Mapping[str, Tile] = {}
@@ -110,26 +115,33 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def tile(kernel: str, *, architecture: str, bits: int, head_dim: int) -> Tile:
+def tile(kernel: str, *, architecture: str, bits: int, head_dim: int, options: str = "all") -> Tile:
     """The tile of `kernel` (such as "attention_forward") for elements of `bits` bits (16 or 32).
 
     architecture: one of `ARCHITECTURES`, or "interpreter"; see `architecture_of`. head_dim: in 1..256, padded
-    by `padded_head_dim`. Raises ValueError for anything else and for a file of tiles that is not valid.
+    by `padded_head_dim`. options: one of `OPTIONS`. Raises ValueError for anything else and for a file of
+    tiles that is not valid.
     """
     replaced = _REPLACED.get().get(kernel)
     if replaced is not None:
         return replaced
-    row = table_row(kernel, architecture=architecture, bits=bits, head_dim=head_dim)
+    row = table_row(kernel, architecture=architecture, bits=bits, head_dim=head_dim, options=options)
     return row.tile if row else default_tile(architecture=architecture, bits=bits, head_dim=head_dim)
 
 
-def table_row(kernel: str, *, architecture: str, bits: int, head_dim: int) -> TileRow | None:
+def table_row(
+    kernel: str, *, architecture: str, bits: int, head_dim: int, options: str = "all"
+) -> TileRow | None:
     """The row that `tile` takes, from the override file if it has one; None where there is only a default."""
-    _check_key(architecture, bits, head_dim)
+    _check_key(architecture, bits, head_dim, options)
     key = (kernel, architecture, bits, padded_head_dim(head_dim))
     override = os.environ.get(OVERRIDE_VARIABLE)
-    row = table(override).get(key) if override else None
-    return row or table(str(SHIPPED)).get(key)
+    for path in filter(None, (override, str(SHIPPED))):
+        rows = table(path)
+        row = rows.get((*key, options)) or rows.get((*key, "all"))
+        if row:
+            return row
+    return None
 
 
 def default_tile(*, architecture: str, bits: int, head_dim: int) -> Tile:
@@ -163,7 +175,7 @@ def read_tiles(path: Path) -> list[TileRow]:
         raise ValueError(f'{path}: must be an object with "schema": {SCHEMA} and "tiles": [...]')
     if not isinstance(document.get("tiles"), list):
         raise ValueError(f'{path}: "tiles" must be a list of rows, got {document.get("tiles")!r}')
-    rows: dict[tuple[str, str, int, int], TileRow] = {}
+    rows: dict[tuple[str, str, int, int, str], TileRow] = {}
     for index, fields in enumerate(document["tiles"]):
         try:
             row = _parse(fields)
@@ -180,6 +192,8 @@ def write_tiles(path: Path, rows: Iterable[TileRow], **notes: Any) -> None:
     lines = []
     for row in sorted(rows, key=lambda row: row.key):
         fields = {name: getattr(row, name) for name in KEY_FIELDS} | asdict(row.tile)
+        if row.options == "all":
+            del fields["options"]
         if row.spill_bytes is not None:
             fields["spill_bytes"] = row.spill_bytes
         lines.append("  " + json.dumps(fields))
@@ -192,6 +206,7 @@ def write_tiles(path: Path, rows: Iterable[TileRow], **notes: Any) -> None:
 def _parse(fields: Any) -> TileRow:
     if not isinstance(fields, dict):
         raise ValueError(f"must be an object, got {fields!r}")
+    fields = {"options": "all"} | fields
     missing = [name for name in (*KEY_FIELDS, *TILE_FIELDS) if name not in fields]
     unknown = sorted(set(fields) - {*KEY_FIELDS, *TILE_FIELDS, "spill_bytes"})
     if missing or unknown:
@@ -209,12 +224,12 @@ def _parse(fields: Any) -> TileRow:
 
 
 @functools.cache
-def table(path: str) -> dict[tuple[str, str, int, int], TileRow]:
+def table(path: str) -> dict[tuple[str, str, int, int, str], TileRow]:
     """The rows of a file of tiles by key, read once. `table.cache_clear()` forgets what was read."""
     return {row.key: row for row in read_tiles(Path(path))}
 
 
-def _check_key(architecture: Any, bits: Any, head_dim: Any) -> None:
+def _check_key(architecture: Any, bits: Any, head_dim: Any, options: Any = "all") -> None:
     if architecture not in (*ARCHITECTURES, INTERPRETER):
         accepted = ", ".join((*ARCHITECTURES, INTERPRETER))
         raise ValueError(f"architecture must be one of {accepted}, got {architecture!r}")
@@ -222,6 +237,8 @@ def _check_key(architecture: Any, bits: Any, head_dim: Any) -> None:
         raise ValueError(f"bits must be 16 or 32, got {bits!r}")
     if not _is_integer(head_dim) or not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"head_dim must be an integer in 1..{MAX_HEAD_DIM}, got {head_dim!r}")
+    if options not in OPTIONS:
+        raise ValueError(f"options must be one of {', '.join(OPTIONS)}, got {options!r}")
 
 
 def _is_integer(value: object) -> bool:

@@ -474,6 +474,14 @@ def test_wrong_layout_values_are_refused() -> None:
         starts[..., place] = value
         with pytest.raises(ValueError, match="rise from 0 to 8"):
             F.attend(qk, v, Layout(layout.order, starts), config)
+    # Kernels tell by ranks who is earlier, so that causal buckets must be in order of position.
+    order = layout.order.clone()
+    first, last = 0, int(layout.bucket_starts[..., 1]) - 1
+    assert last > first, "the first bucket holds several tokens"
+    order[..., [first, last]] = order[..., [last, first]]
+    F.attend(qk, v, Layout(order, layout.bucket_starts), config)
+    with pytest.raises(ValueError, match="must be sorted"):
+        F.attend(qk, v, Layout(order, layout.bucket_starts), dataclasses.replace(config, causal=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -48,14 +48,17 @@ def attention(arguments: Arguments) -> tuple[Tensor, Tensor]:
 
     Computes in float32 (float64 for float64 q). Memory is bounded by working over blocks of queries, which
     backward computes again. Raises ValueError where an order is not a permutation of 0..L-1, where bucket
-    starts do not rise from 0 to L, or where separate orders are not sorted by position within their buckets.
+    starts do not rise from 0 to L, or where orders are not sorted by position within their buckets although
+    they are separate or the rule is causal inside buckets.
     """
     q, k, v, order, bucket_starts, key_bias, seed, rule, scale, dropout_p, *keys = arguments
     key_order, key_bucket_starts = keys
     B, H, L, D = q.shape
     L_k, R, dtype = v.shape[2], order.shape[2], q.dtype
     separate = key_order is not None
-    _check_layout("layout", order, bucket_starts, sorted_buckets=separate)
+    # Kernels tell by the ranks in a bucket which of two tokens is earlier.
+    ranks_are_places = separate or (rule.bucket_mask and rule.causal)
+    _check_layout("layout", order, bucket_starts, sorted_buckets=ranks_are_places)
     if key_order is None or key_bucket_starts is None:
         key_order, key_bucket_starts = order, bucket_starts
     else:

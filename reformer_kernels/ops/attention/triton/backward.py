@@ -130,6 +130,7 @@ def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
     SEPARATE: tl.constexpr,
     RANK_WINDOW: tl.constexpr,
     RING: tl.constexpr,
+    SHORT_ROUNDS: tl.constexpr,
     BUCKETS: tl.constexpr,
     UNIFORM: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -154,7 +155,7 @@ def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
         head, order, key_order, starts, rank_buckets, codes, key_codes, L, LK, R, S
     )
     inverse_norms += head * LK
-    key_bias += (head // H) * LK
+    key_bias += (head.to(tl.int32) // H).to(tl.int64) * LK
     lse += head * L
     delta += head * L
     q_start = head_start(q, head, H, q_batch, q_head, ALIGN)
@@ -177,9 +178,10 @@ def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
         grads = load_rows(grad_start, position, grad_row, valid, 0, DV, PADDED_V, ALIGN)
     sums = tl.zeros([M, PADDED], tl.float32)
     for base in range(lowest & -4, highest, N):
-        first_key, _, _, key_position, key_valid, key_bucket_id = load_block(
-            key_order, starts, rank_buckets, base, highest, round_, LK, slots, R, S, wraps, RING, BUCKETS, N
-        )
+        first_key, _, _, key_position, key_valid, key_place, key_bucket_id = load_block(
+            key_order, starts, rank_buckets, base, lowest, highest, round_, LK, slots, R, S, wraps,
+            RING, SHORT_ROUNDS, BUCKETS, False, N,
+        )  # fmt: skip
         if HAS_BIAS:
             bias = tl.load(key_bias + key_position, key_valid, other=float("-inf")) * LOG2E
             key_valid = key_valid & (bias > float("-inf"))
@@ -198,14 +200,14 @@ def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
         if HAS_BIAS:
             logits += bias[None, :]
         visible = visible_pairs(
-            base, lowest, highest, low, high, rank, position, bucket_id,
-            key_position, key_bucket_id, key_valid,
+            base, low, high, rank, position, bucket_id,
+            key_place, key_bucket_id, key_valid,
             UNIFORM, CAUSAL, EXCLUDE_SELF, BUCKETS, False, M, N,
         )  # fmt: skip
         logits = tl.where(visible, logits, float("-inf"))
         if DUPLICATES == FIRST_MEETING:
             logits = only_first_meetings(
-                logits, codes, key_codes, position, valid, key_position, key_valid, before, after, round_,
+                logits, codes, key_codes, position, key_position, before, after, round_,
                 R, False,
             )  # fmt: skip
         count = 1.0
@@ -290,6 +292,7 @@ def attention_backward_keys_kernel(  # type: ignore[no-untyped-def]
     SEPARATE: tl.constexpr,
     RANK_WINDOW: tl.constexpr,
     RING: tl.constexpr,
+    SHORT_ROUNDS: tl.constexpr,
     BUCKETS: tl.constexpr,
     UNIFORM: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -317,7 +320,7 @@ def attention_backward_keys_kernel(  # type: ignore[no-untyped-def]
         head, order, key_order, starts, rank_buckets, codes, key_codes, L, LK, R, S
     )
     inverse_norms += head * LK
-    key_bias += (head // H) * LK
+    key_bias += (head.to(tl.int32) // H).to(tl.int64) * LK
     lse += head * L
     delta += head * L
     q_start = head_start(q, head, H, q_batch, q_head, ALIGN)
@@ -348,9 +351,10 @@ def attention_backward_keys_kernel(  # type: ignore[no-untyped-def]
     grad_keys = tl.zeros([M, PADDED], tl.float32)
     grad_values = tl.zeros([M, PADDED_V], tl.float32)
     for base in range(lowest & -4, highest, N):
-        _, query_rounds, query_ranks, query_position, query_valid, query_bucket_id = load_block(
-            order, starts, rank_buckets, base, highest, round_, L, slots, R, S, wraps, RING, BUCKETS, N
-        )
+        _, query_rounds, query_ranks, query_position, query_valid, query_place, query_bucket_id = load_block(
+            order, starts, rank_buckets, base, lowest, highest, round_, L, slots, R, S, wraps,
+            RING, SHORT_ROUNDS, BUCKETS, True, N,
+        )  # fmt: skip
         query_unpadded = unpadded_queries(key_bias, query_position, query_valid, HAS_BIAS, SEPARATE)
         queries = load_rows(q_start, query_position, q_row, query_unpadded, 0, D, PADDED, ALIGN)
         if PADDED <= DIMS:
@@ -364,14 +368,14 @@ def attention_backward_keys_kernel(  # type: ignore[no-untyped-def]
         if HAS_BIAS:
             logits += bias[:, None]
         visible = visible_pairs(
-            base, lowest, highest, low, high, rank, position, bucket_id,
-            query_position, query_bucket_id, query_valid,
+            base, low, high, rank, position, bucket_id,
+            query_place, query_bucket_id, query_valid,
             UNIFORM, CAUSAL, EXCLUDE_SELF, BUCKETS, True, M, N,
         )  # fmt: skip
         logits = tl.where(visible, logits, float("-inf"))
         if DUPLICATES == FIRST_MEETING:
             logits = only_first_meetings(
-                logits, key_codes, codes, position, valid, query_position, query_valid, before, after, round_,
+                logits, key_codes, codes, position, query_position, before, after, round_,
                 R, True,
             )  # fmt: skip
         count = 1.0

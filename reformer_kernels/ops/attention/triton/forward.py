@@ -13,6 +13,7 @@ from reformer_kernels.ops.attention.triton.gather import aligned, head_start, lo
 from reformer_kernels.ops.attention.triton.visibility import (
     ALL_MEETINGS,
     FIRST_MEETING,
+    checked_positions,
     layout_of_head,
     load_block,
     load_tile,
@@ -101,6 +102,7 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
     SEPARATE: tl.constexpr,
     RANK_WINDOW: tl.constexpr,
     RING: tl.constexpr,
+    SHORT_ROUNDS: tl.constexpr,
     BUCKETS: tl.constexpr,
     UNIFORM: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -129,7 +131,7 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
         head, order, key_order, starts, rank_buckets, codes, key_codes, L, LK, R, S
     )
     inverse_norms += head * LK
-    key_bias += (head // H) * LK
+    key_bias += (head.to(tl.int32) // H).to(tl.int64) * LK
     lse += head * L
     q_start = head_start(q, head, H, q_batch, q_head, ALIGN)
     k_start = head_start(k, head, H, k_batch, k_head, ALIGN)
@@ -148,9 +150,10 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros([M], tl.float32)
     sums = tl.zeros([M, PADDED_V], tl.float32)
     for base in range(lowest & -4, highest, N):
-        first_key, _, _, key_position, key_valid, key_bucket_id = load_block(
-            key_order, starts, rank_buckets, base, highest, round_, LK, slots, R, S, wraps, RING, BUCKETS, N
-        )
+        first_key, _, _, key_position, key_valid, key_place, key_bucket_id = load_block(
+            key_order, starts, rank_buckets, base, lowest, highest, round_, LK, slots, R, S, wraps,
+            RING, SHORT_ROUNDS, BUCKETS, False, N,
+        )  # fmt: skip
         if HAS_BIAS:
             bias = tl.load(key_bias + key_position, key_valid, other=float("-inf")) * LOG2E
             key_valid = key_valid & (bias > float("-inf"))
@@ -167,19 +170,19 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
             logits = logits * factor[None, :]
         else:
             logits = logits * (scale * LOG2E)
+        visible = visible_pairs(
+            base, low, high, rank, position, bucket_id,
+            key_place, key_bucket_id, key_valid,
+            UNIFORM, CAUSAL, EXCLUDE_SELF, BUCKETS, False, M, N,
+        )  # fmt: skip
         logits = tl.maximum(logits, LOWEST, propagate_nan=tl.PropagateNan.ALL)
         if HAS_BIAS:
             logits += bias[None, :]
-        visible = visible_pairs(
-            base, lowest, highest, low, high, rank, position, bucket_id,
-            key_position, key_bucket_id, key_valid,
-            UNIFORM, CAUSAL, EXCLUDE_SELF, BUCKETS, False, M, N,
-        )  # fmt: skip
         logits = tl.where(visible, logits, float("-inf"))
         if DUPLICATES == FIRST_MEETING:
             logits = only_first_meetings(
-                logits, codes, key_codes, position, valid, key_position, key_valid, before, after, round_,
-                R, False,
+                logits, codes, key_codes, position, key_position, before, after, round_, R, False
+
             )  # fmt: skip
 
         new_largest = tl.maximum(largest, tl.max(logits, 1))
@@ -200,10 +203,15 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
         sums = sums * rescale[:, None] + dot(p.to(values.dtype), values, PRECISION)
         largest = new_largest
 
+    # Positions are read again, so that they take no registers in the loop. A hint that differs keeps the
+    # compiler from seeing the first load in this one.
+    at = order + (round_.to(tl.int64) * L + rank)
+    position = tl.load(at, rank < L, other=-1, eviction_policy="evict_first")
+    position, valid = checked_positions(position, position >= 0, L)
     # A row whose logits all overflowed has no result.
     total = tl.where((largest < HARDLY_LOWEST) & (largest > float("-inf")), float("nan"), total)
     lse2 = largest + tl.log2(total)
-    sums = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+    own_share = 1.0 / tl.where(total == 0.0, 1.0, total)
     d = tl.arange(0, PADDED_V)
     stored = valid[:, None] & (d < DV)[None, :]
     row = position.to(tl.int64)[:, None]
@@ -215,9 +223,12 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
         top = tl.where(top == float("-inf"), 0.0, top)
         keep, add = tl.exp2(old - top), tl.exp2(lse2 - top)
         total = keep + add
+        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
         old_sums = tl.load(running_at, stored, other=0.0)
-        sums = (old_sums * keep[:, None] + sums * add[:, None]) / tl.where(total == 0.0, 1.0, total)[:, None]
+        sums = sums * (own_share * add * inverse)[:, None] + old_sums * (keep * inverse)[:, None]
         lse2 = top + tl.log2(total)
+    else:
+        sums = sums * own_share[:, None]
     if LAST:
         result = lse2 * LN2
         result = tl.where(result == SELF_ONLY, NEXT_TO_SELF_ONLY, result)

@@ -97,13 +97,15 @@ class Problem:
     dropout_p: float
 
     def tile(self, kernel: str) -> Tile:
-        """The tile of `kernel` for this call's device, dtype and head dimensions."""
+        """The tile of `kernel` for this call's device, dtype, head dimensions and options."""
         q, v = self.inputs.q, self.inputs.v
+        plain = self.inputs.key_bias is None and self.dropout_p == 0
         return tile(
             kernel,
             architecture=architecture_of(q.device),
             bits=8 * q.element_size(),
             head_dim=max(q.size(-1), v.size(-1)),
+            options="off" if plain else "all",
         )
 
     def arguments(self, chosen: Tile, *others: Tensor, of_keys: bool = False) -> dict[str, Any]:

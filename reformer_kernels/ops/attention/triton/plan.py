@@ -79,6 +79,7 @@ class Plan:
             "SEPARATE": self.separate,
             "RANK_WINDOW": self.rank_window,
             "RING": self.ring,
+            "SHORT_ROUNDS": self.ring and self.slots < tile.keys,
             "BUCKETS": self.buckets,
             "UNIFORM": uniform,
             "CAUSAL": rule.causal,

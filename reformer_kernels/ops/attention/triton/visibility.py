@@ -69,7 +69,9 @@ def load_tile(  # type: ignore[no-untyped-def]
     is L too; kernels hold L in a register anyway, so that using it saves instructions.
     """
     rounds = tl.zeros([M], tl.int32) + round_
-    position, valid = load_positions(order, rounds, rank, rank < length, length)
+    valid = rank < length
+    position = tl.load(order + (rounds.to(tl.int64) * length + rank), valid, other=-1)
+    position, valid = checked_positions(position, valid, length)
     bucket_low, bucket_high, bucket_id = rank, rank, rank.to(tl.int64)
     if SEPARATE:
         low = tl.load(lows + (head * R + round_) * length + rank, valid, other=0)
@@ -94,21 +96,27 @@ def load_tile(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def load_block(  # type: ignore[no-untyped-def]
-    order, starts, rank_buckets, base, highest, round_, length, slots, R, S, wraps,
-    RING: tl.constexpr, BUCKETS: tl.constexpr, N: tl.constexpr,
+    order, starts, rank_buckets, base, lowest, highest, round_, length, slots, R, S, wraps,
+    RING: tl.constexpr, SHORT_ROUNDS: tl.constexpr, BUCKETS: tl.constexpr, ROWS_ARE_KEYS: tl.constexpr,
+    N: tl.constexpr,
 ):  # fmt: skip
-    """The block of N slots from `base` to below `highest`, of tokens whose rounds have `length` ranks.
+    """The block of N slots from `base`, within [lowest, highest), of tokens whose rounds have `length` ranks.
 
     Returns the first slot as counted around the ring and, for each column [N], round, rank, position, whether
-    it is valid, and bucket id.
+    it is valid, `place`, and bucket id. The place is the position too; where a column is not valid, it is
+    earlier or later than any row, so that no causal row sees it.
     """
-    first_slot, rounds, ranks = block_ranks(base, round_, slots, R, wraps, RING, N)
-    valid = (base + tl.arange(0, N) < highest) & (ranks < length)
-    position, valid = load_positions(order, rounds, ranks, valid, length)
+    first_slot, rounds, ranks = block_ranks(base, round_, slots, R, wraps, RING, SHORT_ROUNDS, N)
+    slot = base + tl.arange(0, N)
+    valid = (slot >= lowest) & (slot < highest) & (ranks < length)
+    # Straight from a load, so that the compiler does not work it out once more for each pair.
+    unseen = -1 if ROWS_ARE_KEYS else BEYOND_ALL_SLOTS
+    place = tl.load(order + (rounds.to(tl.int64) * length + ranks), valid, other=unseen)
+    position, valid = checked_positions(place, valid, length)
     bucket_id = ranks.to(tl.int64)
     if BUCKETS == COMPARE_BUCKETS:
         _, _, bucket_id = bucket_bounds(starts, rank_buckets, rounds, ranks, valid, length, S)
-    return first_slot, rounds, ranks, position, valid, bucket_id
+    return first_slot, rounds, ranks, position, valid, place, bucket_id
 
 
 @triton.jit
@@ -157,15 +165,25 @@ def ranges(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def block_ranks(base, round_, slots, R, wraps, RING: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+def block_ranks(  # type: ignore[no-untyped-def]
+    base, round_, slots, R, wraps, RING: tl.constexpr, SHORT_ROUNDS: tl.constexpr, N: tl.constexpr
+):
     """The first of the N slots from `base` of the tile's round, counted around the ring, and the round and
-    the rank of each."""
+    the rank of each. Unless SHORT_ROUNDS, a round has at least N slots."""
     if RING:
         ring = slots.to(tl.int64) * R
         first_slot = ((round_ * slots + base + (wraps + 1) * ring) % ring).to(tl.int32)
-        slot = (first_slot + tl.arange(0, N)) % (R * slots)
-        rounds = slot // slots
-        ranks = slot - rounds * slots
+        if SHORT_ROUNDS:
+            slot = (first_slot + tl.arange(0, N)) % (R * slots)
+            rounds = slot // slots
+            ranks = slot - rounds * slots
+        else:
+            # The block reaches into one more round at most.
+            first_round = first_slot // slots
+            next_round = tl.where(first_round + 1 == R, 0, first_round + 1)
+            ranks = first_slot - first_round * slots + tl.arange(0, N)
+            rounds = tl.where(ranks < slots, first_round, next_round)
+            ranks = tl.where(ranks < slots, ranks, ranks - slots)
     else:
         first_slot = round_ * slots + base
         ranks = base + tl.arange(0, N)
@@ -174,9 +192,8 @@ def block_ranks(base, round_, slots, R, wraps, RING: tl.constexpr, N: tl.constex
 
 
 @triton.jit
-def load_positions(order, rounds, ranks, valid, L):  # type: ignore[no-untyped-def]
-    """Original positions, and which of them are valid: an entry outside 0..L-1 never becomes an address."""
-    position = tl.load(order + (rounds.to(tl.int64) * L + ranks), valid, other=-1)
+def checked_positions(position, valid, L):  # type: ignore[no-untyped-def]
+    """Positions, and which of them are valid: an entry outside 0..L-1 never becomes an address."""
     valid = valid & (position >= 0) & (position < L)
     return tl.where(valid, position, 0), valid
 
@@ -200,41 +217,38 @@ def reach_of_tile(low, high, valid):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def visible_pairs(  # type: ignore[no-untyped-def]
-    base, lowest, highest, row_low, row_high, row_rank, row_position, row_bucket_id,
-    column_position, column_bucket_id, column_valid,
+    base, row_low, row_high, row_rank, row_position, row_bucket_id,
+    column_place, column_bucket_id, column_valid,
     UNIFORM: tl.constexpr, CAUSAL: tl.constexpr, EXCLUDE_SELF: tl.constexpr, BUCKETS: tl.constexpr,
     ROWS_ARE_KEYS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """[M, N]: whether each row and each column, which are in the slots from `base` on, see one another.
 
-    UNIFORM: every row has the range of its tile, so that one comparison serves a whole column. Inside a
-    bucket, ranges say all but who a row itself is. Padding and duplicates are left to others.
+    UNIFORM: every row has the range of its tile, which the columns are cut to. Inside a bucket, ranges say
+    all but who a row itself is. Padding and duplicates are left to others.
     """
     column = tl.arange(0, N)
-    if UNIFORM:
-        column_valid = column_valid & (base + column >= lowest) & (base + column < highest)
-        visible = tl.broadcast_to(column_valid[None, :], [M, N])
-    else:
-        # Counted from the start of the block, so that 32 bits are enough.
-        low = tl.minimum(tl.maximum(row_low - base, 0), N).to(tl.int32)
-        high = tl.minimum(tl.maximum(row_high - base, 0), N).to(tl.int32)
-        visible = (column[None, :] >= low[:, None]) & (column[None, :] < high[:, None])
+    # Counted from the start of the block, so that 32 bits are enough.
+    low = tl.minimum(tl.maximum(row_low - base, 0), N).to(tl.int32)
+    high = tl.minimum(tl.maximum(row_high - base, 0), N).to(tl.int32)
+    inside = (column[None, :] >= low[:, None]) & (column[None, :] < high[:, None])
     if BUCKETS == INSIDE_BUCKET:
+        visible = inside
         if EXCLUDE_SELF and not CAUSAL:
             visible = visible & ((row_rank - base)[:, None] != column[None, :])
-    elif CAUSAL:
-        # A column that is not valid has a place that no row passes.
-        if ROWS_ARE_KEYS:
-            place = tl.where(column_valid, column_position, -1)[None, :]
-            later = place > row_position[:, None] if EXCLUDE_SELF else place >= row_position[:, None]
-        else:
-            place = tl.where(column_valid, column_position, BEYOND_ALL_SLOTS)[None, :]
-            later = place < row_position[:, None] if EXCLUDE_SELF else place <= row_position[:, None]
-        visible = later if UNIFORM else visible & later
     else:
-        visible = visible & column_valid[None, :]
-        if EXCLUDE_SELF:
-            visible = visible & (row_position[:, None] != column_position[None, :])
+        if CAUSAL:
+            place, row = column_place[None, :], row_position[:, None]
+            if ROWS_ARE_KEYS:
+                visible = place > row if EXCLUDE_SELF else place >= row
+            else:
+                visible = place < row if EXCLUDE_SELF else place <= row
+        else:
+            visible = tl.broadcast_to(column_valid[None, :], [M, N])
+            if EXCLUDE_SELF:
+                visible = visible & (row_position[:, None] != column_place[None, :])
+        if not UNIFORM:
+            visible = visible & inside
     if BUCKETS == COMPARE_BUCKETS:
         visible = visible & (row_bucket_id[:, None] == column_bucket_id[None, :])
     return visible
@@ -242,22 +256,20 @@ def visible_pairs(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def only_first_meetings(  # type: ignore[no-untyped-def]
-    logits, row_codes, column_codes, row_position, row_valid, column_position, column_valid,
+    logits, row_codes, column_codes, row_position, column_position,
     before, after, round_, R: tl.constexpr, ROWS_ARE_KEYS: tl.constexpr,
 ):  # fmt: skip
     """`logits` [M, N], with -inf where a pair met in a round before `round_`.
 
     The codes (positions, R) are those of `tables`: in round r, query i meets key j exactly where
-    -after <= code_i - code_j <= before.
+    -after <= code_i - code_j <= before. There are less than 2^30 of them in a head.
     """
     span = (before + after).to(tl.uint32)
     shift = before if ROWS_ARE_KEYS else after  # so that rows less columns are at least 0
-    row_codes += row_position.to(tl.int64) * R
-    column_codes += column_position.to(tl.int64) * R
     for earlier in tl.static_range(R - 1):
         if earlier < round_:
-            rows = tl.load(row_codes + earlier, row_valid, other=0) + shift
-            columns = tl.load(column_codes + earlier, column_valid, other=0)
+            rows = tl.load(row_codes + (row_position * R + earlier)) + shift
+            columns = tl.load(column_codes + (column_position * R + earlier))
             distance = (rows[:, None] - columns[None, :]).to(tl.uint32, bitcast=True)
             logits = tl.where(distance <= span, float("-inf"), logits)
     return logits
