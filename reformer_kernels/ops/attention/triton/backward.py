@@ -27,6 +27,7 @@ from reformer_kernels.ops.attention.triton.visibility import (
     load_tile,
     only_first_meetings,
     reach_of_tile,
+    reread_positions,
     tile_of_program,
     times_met,
     unpadded_queries,
@@ -236,6 +237,7 @@ def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
             else:
                 grad_logits = grad_logits * inverse[None, :]
         sums += dot(grad_logits.to(keys.dtype), keys, PRECISION)
+    position, valid = reread_positions(order, round_, rank, L)
     _add_rows(q_sums + (head - first_head) * L * D, position, sums, valid, D, PADDED, FIRST)
 
 
@@ -405,5 +407,6 @@ def attention_backward_keys_kernel(  # type: ignore[no-untyped-def]
         query_delta = tl.load(delta + query_position, query_valid, other=0.0)
         grad_logits = p * (grad_p - query_delta[None, :])
         grad_keys += dot(grad_logits.to(queries.dtype), queries, PRECISION)
+    position, valid = reread_positions(key_order, round_, rank, LK)
     _add_rows(k_sums + (head - first_head) * LK * D, position, grad_keys, valid, D, PADDED, FIRST)
     _add_rows(v_sums + (head - first_head) * LK * DV, position, grad_values, valid, DV, PADDED_V, FIRST)

@@ -13,12 +13,12 @@ from reformer_kernels.ops.attention.triton.gather import aligned, head_start, lo
 from reformer_kernels.ops.attention.triton.visibility import (
     ALL_MEETINGS,
     FIRST_MEETING,
-    checked_positions,
     layout_of_head,
     load_block,
     load_tile,
     only_first_meetings,
     reach_of_tile,
+    reread_positions,
     tile_of_program,
     times_met,
     unpadded_queries,
@@ -203,11 +203,7 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
         sums = sums * rescale[:, None] + dot(p.to(values.dtype), values, PRECISION)
         largest = new_largest
 
-    # Positions are read again, so that they take no registers in the loop. A hint that differs keeps the
-    # compiler from seeing the first load in this one.
-    at = order + (round_.to(tl.int64) * L + rank)
-    position = tl.load(at, rank < L, other=-1, eviction_policy="evict_first")
-    position, valid = checked_positions(position, position >= 0, L)
+    position, valid = reread_positions(order, round_, rank, L)
     # A row whose logits all overflowed has no result.
     total = tl.where((largest < HARDLY_LOWEST) & (largest > float("-inf")), float("nan"), total)
     lse2 = largest + tl.log2(total)

@@ -199,6 +199,17 @@ def checked_positions(position, valid, L):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def reread_positions(order, round_, rank, length):  # type: ignore[no-untyped-def]
+    """The positions of a tile's rows and which are valid, so that they take no registers in a loop before.
+
+    A hint that differs keeps the compiler from seeing the first load in this one.
+    """
+    at = order + (round_.to(tl.int64) * length + rank)
+    position = tl.load(at, rank < length, other=-1, eviction_policy="evict_first")
+    return checked_positions(position, position >= 0, length)
+
+
+@triton.jit
 def bucket_bounds(starts, rank_buckets, rounds, ranks, valid, L, S):  # type: ignore[no-untyped-def]
     """The ranks [low, high) of each row's bucket, and the bucket's id, unique over all rounds."""
     bucket = tl.load(rank_buckets + (rounds.to(tl.int64) * L + ranks), valid, other=0)
