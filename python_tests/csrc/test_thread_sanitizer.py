@@ -7,6 +7,7 @@ other instruction sets than `portable` too.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = Path(__file__).parent / "thread_sanitizer"
-KERNELS = ("attention/forward", "attention/backward", "hash", "residual")
+
+BUILD = (ROOT / "CMakeLists.txt").read_text()
+
+
+def sources(start: str) -> list[str]:
+    """The sources that CMakeLists.txt lists after these words."""
+    listed = re.search(re.escape(start) + r"\s+([^)]*)\)", BUILD)
+    assert listed is not None, start
+    return listed[1].split()
+
+
+KERNELS = sources("set(REFORMER_KERNEL_SOURCES")
+CORE = sources("add_library(core OBJECT")
 
 # As CMakeLists.txt has them.
 AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")] + ["-mfma", "-mf16c"]
@@ -45,10 +58,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lanes, flags = VARIANTS[isa]
         own = [*flags, "-fno-exceptions", f"-DREFORMER_ISA={isa}", f"-DREFORMER_LANES={lanes}"]
         commands += [
-            [*common, *own, "-c", str(ROOT / f"csrc/cpu/{name}.cpp"), "-o", f"{isa}_{Path(name).name}.o"]
-            for name in KERNELS
+            [*common, *own, "-c", str(ROOT / name), "-o", f"{isa}_{Path(name).stem}.o"] for name in KERNELS
         ]
-    for source in (ROOT / "csrc/dispatch.cpp", ROOT / "csrc/cpu/sort.cpp", *sorted(SOURCES.glob("*.cpp"))):
+    for source in (*(ROOT / name for name in CORE), *sorted(SOURCES.glob("*.cpp"))):
         commands.append([*common, "-c", str(source), "-o", f"{source.stem}.o"])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda command: subprocess.run(command, cwd=folder, check=True, timeout=600), commands))

@@ -20,7 +20,10 @@ pytest.importorskip(
     "expecttest", reason="torch's module database needs expecttest; pip install -e '.[tools]'"
 )
 
-from torch.testing._internal.common_modules import module_db
+with pytest.MonkeyPatch.context() as patch:
+    # Importing torch's own tests would forbid all later tests of this process to set torch.backends' flags.
+    patch.setattr(torch.backends, "disable_global_flags", lambda: None)
+    from torch.testing._internal.common_modules import module_db
 
 CLASSES = (
     nn.MultiheadAttention,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench.fuzz.oracle import philox_words
 from python_tests.helpers import NATIVE
 from python_tests.native_tools import isa, poisoned_memory, runnable_isas, torch_threads
-from python_tests.oracle import philox_words
 from reformer_kernels import LSHConfig
 from reformer_kernels import functional as F
 from reformer_kernels._random import normal_numbers, resolve_seed
