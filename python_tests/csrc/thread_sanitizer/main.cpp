@@ -174,11 +174,12 @@ void residual() {
   residual_step(p);
 }
 
-// The last thing that each thread writes stays: what the sanitizer must call a race.
+// The last thing that each thread writes stays: what the sanitizer must call a race. The schedule is static,
+// as otherwise one quick thread may write everything.
 int race() {
   int last = 0;
 #pragma omp parallel num_threads(kThreads)
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static)
   for (int i = 0; i < 100; ++i) last = i;
   return last;
 }
