@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reformer_kernels._limits import KERNEL_DTYPES
 from reformer_kernels.ops.residual import native
 from reformer_kernels.ops.residual.reference import NORMALIZATIONS, Results, Step
 
@@ -40,6 +41,13 @@ def _check(step: Step) -> None:
         )
     if delta is not None and delta.shape != stream.shape:
         raise ValueError(f"delta must be {tuple(stream.shape)} as the stream, got {tuple(delta.shape)}")
+    for name, tensor in (
+        ("delta", delta),
+        ("norm_weight", step.norm_weight),
+        ("norm_bias", step.norm_bias),
+    ):
+        if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
+            raise TypeError(f"{name} must be {' or '.join(map(str, KERNEL_DTYPES))}, got {tensor.dtype}")
 
 
 def _allocate(step: Step) -> Results:
