@@ -41,13 +41,11 @@ def _check(step: Step) -> None:
         )
     if delta is not None and delta.shape != stream.shape:
         raise ValueError(f"delta must be {tuple(stream.shape)} as the stream, got {tuple(delta.shape)}")
-    for name, tensor in (
-        ("delta", delta),
-        ("norm_weight", step.norm_weight),
-        ("norm_bias", step.norm_bias),
-    ):
-        if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
-            raise TypeError(f"{name} must be {' or '.join(map(str, KERNEL_DTYPES))}, got {tensor.dtype}")
+    if delta is not None and delta.dtype not in KERNEL_DTYPES:
+        raise TypeError(f"delta must be {' or '.join(map(str, KERNEL_DTYPES))}, got {delta.dtype}")
+    for name, tensor in (("norm_weight", step.norm_weight), ("norm_bias", step.norm_bias)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{name} must be of floating-point numbers, got {tensor.dtype}")
 
 
 def _allocate(step: Step) -> Results:
