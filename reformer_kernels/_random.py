@@ -33,7 +33,8 @@ def resolve_seed(seed: Seed, device: torch.device) -> Tensor:
                 "seed must hold a number, got a tensor on the meta device, which holds none; pass an int, or "
                 "a tensor made with device='cpu'"
             )
-        return seed.reshape(()).to(device, non_blocking=True)
+        # To the CPU it waits, as the number would otherwise be read before it has arrived.
+        return seed.reshape(()).to(device, non_blocking=device.type != "cpu")
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"seed must be an int, an int64 tensor of one element, or None, got {seed!r}")
     if not -(2**63) <= seed < 2**64:

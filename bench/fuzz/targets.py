@@ -52,12 +52,6 @@ TARGETS = {
         Target("lsh_layout", hashing.places(False), hashing.check_places, ("lsh_layout",)),
         Target("lsh_cross_layout", hashing.places(True), hashing.check_places, ("lsh_cross_layout",)),
         Target(
-            "sample_rotations",
-            hashing.rotations("sample_rotations"),
-            hashing.check_rotations,
-            ("sample_rotations",),
-        ),
-        Target(
             "chunked_feed_forward",
             chunked.feed_forwards(False),
             chunked.check_feed_forward,

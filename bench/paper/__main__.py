@@ -19,7 +19,7 @@ import torch
 
 from bench.paper import duplication, language, speed
 from bench.paper.records import Records, RecordsError
-from reformer_kernels.training.text import TextError
+from reformer_kernels.training.text import TextError, load_text
 
 RESULTS = Path(__file__).parents[1] / "results" / "paper"
 
@@ -107,7 +107,7 @@ def run(given: argparse.Namespace) -> None:
     settings = dataclasses.replace(settings, **{k: v for k, v in changes.items() if v is not None})
     text = None
     if given.experiment in LANGUAGE:
-        text = language.read_text(given.text, settings.length)
+        text = load_text(given.text, settings.length)
         settings = language.with_text(settings, text)
     output = given.output or RESULTS / f"{given.experiment}-{given.preset}.json"
     # More seeds may join a file; everything else decides what a record is.

@@ -9,8 +9,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from bench.paper.training import Schedule, train
 from reformer_kernels import LSHConfig, ReformerConfig, ReformerLM, functional
 from reformer_kernels.models.layers import AttentionPart, FeedForwardPart, TokenEmbedding, make_norm
 from reformer_kernels.training.byte_model import CONTEXT, VOCABULARY
-from reformer_kernels.training.text import Text, load_text
+from reformer_kernels.training.text import Text
 
 
 @dataclass(frozen=True)
@@ -179,11 +177,6 @@ def bits_per_byte(model: nn.Module, text: Text, settings: Settings) -> float:
         window = held_out[None, index * spacing : index * spacing + length + 1].long()
         total += model(window[:, :-1], labels=window[:, 1:], shift_labels=False).item()
     return total / count / math.log(2)
-
-
-@cache
-def read_text(path: Path | None, length: int) -> Text:
-    return load_text(path, length)
 
 
 def run(

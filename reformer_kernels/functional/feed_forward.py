@@ -114,7 +114,9 @@ def chunked_feed_forward(
     )
     flat = x.reshape(-1, x.size(-1))
     rows = rows_of_hidden(activation, w2.size(1), x.dtype, chunk_size, memory_budget)
-    seed_tensor = resolve_seed(seed, x.device) if dropout_p > 0 else None
+    # On the host, where the operator reads it to seed torch's generator: one on the GPU would be waited for.
+    device = x.device if isinstance(seed, Tensor) else torch.device("cpu")
+    seed_tensor = resolve_seed(seed, device) if dropout_p > 0 else None
     y: Tensor = torch.ops.reformer_kernels.chunked_feed_forward(
         flat, w1, b1, w2, b2, seed_tensor, activation, dropout_p, rows
     )

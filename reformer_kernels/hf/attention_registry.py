@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,7 @@ from reformer_kernels import functional
 from reformer_kernels._backend import BACKENDS
 from reformer_kernels._limits import MAX_HEAD_DIM
 from reformer_kernels.config import LSHConfig, check_choice, check_integer
-from reformer_kernels.modules.multihead_arguments import MAX_THRESHOLD, check_not_causal
-
-Fallback = Literal["exact", "raise"]
+from reformer_kernels.modules.multihead_arguments import MAX_THRESHOLD, Fallback, check_not_causal
 
 
 @dataclass(frozen=True)
